@@ -1,0 +1,108 @@
+"""The benchmark: microseconds, GB/s, TFLOP/s and the multiple of the physical limit, beside peers.
+
+python -m benchmarks.bench [--shapes NAME ...] [--random N --seed S] [--impls NAME ...] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.measure import REPLAYS, Row, measure
+from benchmarks.shapes import SHAPES, Shape, random_shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+OURS = "mla_decode"
+HEADER = (
+    f"{'shape':<28} {'impl':<15} {'us':>8} {'GB/s':>7} {'TFLOP/s':>8} {'x floor':>8} {'rel err':>8}"
+)
+
+
+def commit() -> str:
+    """Return the checked-out commit; outside a git checkout COMMIT's value, or "unknown"."""
+    answer = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return answer.stdout.strip() if answer.returncode == 0 else os.environ.get("COMMIT", "unknown")
+
+
+def speedups(rows: list[Row]) -> str:
+    """Return how many times faster than each peer ours is on the shape of ``rows``."""
+    times = {row.impl: row.us for row in rows if math.isfinite(row.us)}
+    if OURS not in times:
+        return ""
+    return "  ".join(
+        f"{us / times[OURS]:.2f}x {impl}" for impl, us in times.items() if impl != OURS
+    )
+
+
+def table_lines(rows: list[Row]) -> list[str]:
+    """Return the table's lines of one shape."""
+    lines = []
+    for row in rows:
+        text = f"{row.shape.name:<28} {row.impl:<15} "
+        if math.isfinite(row.us):
+            text += f"{row.us:8.2f} {row.gbps:7.0f} {row.tflops:8.1f} "
+            text += f"{row.us / row.shape.floor_us:8.2f} {row.rel_err:8.1e}"
+            text += f"  {speedups(rows)}" if row.impl == OURS else ""
+        if row.error:
+            text += f"  ** {row.error}"
+        lines.append(text)
+    return lines
+
+
+def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[Row]:
+    """Measure and print every shape; return the rows."""
+    name, cuda = torch.cuda.get_device_name(), torch.version.cuda
+    print(f"{name}, torch {torch.__version__}, CUDA {cuda}, commit {commit()[:12]}")
+    print(HEADER, flush=True)
+    rows = []
+    for shape in shapes:
+        measured = measure(shape, impls, replays=replays)
+        print("\n".join(table_lines(measured)), flush=True)
+        rows += measured
+        torch.cuda.empty_cache()
+    return rows
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench", description="MLA decode beside its peers")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="random batches instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the random batches")
+    parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME")
+    parser.add_argument("--replays", type=int, default=REPLAYS)
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    arguments = parser.parse_args(argv)
+    unknown = set(arguments.shapes or []) - set(SHAPES)
+    if unknown:
+        parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(SHAPES)}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmark; 1 if an output was wrong or ours did not run, 2 without a GPU."""
+    arguments = parse(argv)
+    if not torch.cuda.is_available():
+        print(f"bench: no CUDA GPU (torch {torch.__version__})", file=sys.stderr)
+        return 2
+    chosen = [SHAPES[name] for name in arguments.shapes or ([] if arguments.random else SHAPES)]
+    chosen += random_shapes(arguments.random, arguments.seed)
+    rows = run(chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
+    if arguments.out:
+        kept = [row.as_json() for row in rows if math.isfinite(row.us)]
+        arguments.out.write_text(json.dumps(kept, indent=1) + "\n")
+    wrong = [row for row in rows if row.error and (row.impl == OURS or math.isfinite(row.us))]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Inputs of a shape, several copies of them, and the reference they are checked against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.shapes import BLOCK_SIZE, HEAD_DIM, LATENT_DIM, Shape
+
+SOFTMAX_SCALE = 192**-0.5  # DeepSeek-V3: of the head before absorption
+MIN_COPIES, MAX_COPIES = 2, 8
+CACHE_FACTOR = 4  # the KV of all copies together should be this many times the L2
+MAX_KV_BYTES = 24 << 30
+
+
+def number_of_copies(kv_bytes: int, l2_bytes: int, max_bytes: int = MAX_KV_BYTES) -> int:
+    """Return how many KV caches a replay rotates over: enough to leave L2, 2 to 8, and no more
+    than fits into ``max_bytes`` (but never fewer than one)."""
+    wanted = CACHE_FACTOR * l2_bytes // kv_bytes + 1
+    copies = min(max(wanted, MIN_COPIES), MAX_COPIES)
+    return max(1, min(copies, max_bytes // kv_bytes))
+
+
+def calls_per_copy(copies: int, kv_bytes: int, l2_bytes: int) -> int:
+    """Return how often a replay goes round the copies: enough for eight calls, over which the start
+    of the graph (about 5 us) is spread, but once where a second round could find KV in L2."""
+    if copies * kv_bytes < CACHE_FACTOR * l2_bytes:
+        return 1
+    return -(-MAX_COPIES // copies)
+
+
+@dataclass
+class Case:
+    """A shape with its tensors; index ``i`` of the lists is the i-th copy."""
+
+    shape: Shape
+    q: list[torch.Tensor]  # [batch, s_q, h_q, 576] bf16
+    kv_cache: list[torch.Tensor]  # [num_blocks, 64, 1, 576] bf16
+    block_table: torch.Tensor  # [batch, max_blocks] int32
+    seq_lens: torch.Tensor  # [batch] int32
+    reference: list[torch.Tensor]  # [batch, s_q, h_q, 512] fp32
+
+    @property
+    def copies(self) -> int:
+        return len(self.q)
+
+
+def make_case(shape: Shape, device: torch.device, *, copies: int, seed: int = 0) -> Case:
+    """Make queries and paged caches, the blocks of each request in random places."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def values(*size: int) -> torch.Tensor:
+        tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return tensor.normal_(generator=generator).div_(10).clamp_(-1, 1)
+
+    blocks = [math.ceil(length / BLOCK_SIZE) for length in shape.seq_lens]
+    order = torch.randperm(sum(blocks), generator=generator, device=device, dtype=torch.int32)
+    table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=device)
+    for row, own in enumerate(order.split(blocks)):
+        table[row, : len(own)] = own
+    batch = len(blocks)
+    case = Case(
+        shape,
+        q=[values(batch, shape.new_tokens, shape.num_heads, HEAD_DIM) for _ in range(copies)],
+        kv_cache=[values(sum(blocks), BLOCK_SIZE, 1, HEAD_DIM) for _ in range(copies)],
+        block_table=table,
+        seq_lens=torch.tensor(shape.seq_lens, dtype=torch.int32, device=device),
+        reference=[],
+    )
+    for q, kv_cache in zip(case.q, case.kv_cache, strict=True):
+        case.reference.append(reference(case, q, kv_cache))
+    return case
+
+
+def reference(case: Case, q: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    """Return O in float64 arithmetic, request by request, rounded to float32."""
+    shape = case.shape
+    out = torch.empty(*q.shape[:-1], LATENT_DIM, dtype=torch.float32, device=q.device)
+    token = torch.arange(shape.new_tokens, device=q.device)
+    for row, length in enumerate(shape.seq_lens):
+        blocks = case.block_table[row, : math.ceil(length / BLOCK_SIZE)].long()
+        keys = kv_cache[blocks].view(-1, HEAD_DIM)[:length].double()
+        scores = (q[row].double() @ keys.T).mul_(SOFTMAX_SCALE)  # [s_q, h_q, length]
+        last_visible = length - shape.new_tokens + token
+        hidden = torch.arange(length, device=q.device)[None, :] > last_visible[:, None]
+        scores.masked_fill_(hidden[:, None, :], -math.inf)
+        out[row] = (scores.softmax(dim=-1) @ keys[:, :LATENT_DIM]).float()
+    return out
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the relative L2 error; NaN or infinity anywhere in ``out`` gives infinity."""
+    error = (out.double() - expected.double()).norm() / expected.double().norm()
+    return float(error) if bool(error.isfinite()) else math.inf

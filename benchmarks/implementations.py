@@ -1,0 +1,126 @@
+"""What is benchmarked: the megakernel, and the peers that are installed.
+
+An implementation prepares a case (plans, allocates). Its ``call(i)`` enqueues the operation on copy
+``i`` and returns the output ``[batch, s_q, h_q, 512]``; under CUDA-graph capture that tensor stays
+where it is, so a replay writes it again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.case import SOFTMAX_SCALE, Case
+from benchmarks.shapes import BLOCK_SIZE, HEAD_DIM, LATENT_DIM
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An implementation made ready for one case."""
+
+    call: Callable[[int], torch.Tensor]
+    synchronize: Callable[[], None] = torch.cuda.synchronize  # raises what a launch reported
+
+
+class UnavailableError(RuntimeError):
+    """An implementation cannot run here; the message says why."""
+
+
+def import_or_explain(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a wheel built for another torch fails in many ways
+        raise UnavailableError(f"{package}: {type(error).__name__}: {error}") from error
+
+
+def mla_decode(case: Case) -> Prepared:
+    """Prepare the megakernel: one plan for all copies, made ahead as an engine does."""
+    package = import_or_explain("mla_decode", "mla_decode")
+    shape = case.shape
+    plan = package.plan(list(shape.seq_lens), shape.num_heads, shape.new_tokens)
+    workspace = plan.workspace(case.seq_lens.device)
+
+    def call(i: int) -> torch.Tensor:
+        out, _ = package.decode(
+            case.q[i],
+            case.kv_cache[i],
+            case.block_table,
+            case.seq_lens,
+            plan=plan,
+            softmax_scale=SOFTMAX_SCALE,
+            workspace=workspace,
+        )
+        return out
+
+    return Prepared(call, package.synchronize)
+
+
+def flash_mla(case: Case) -> Prepared:
+    """Prepare FlashMLA (wheel sgl-flash-mla). The first call fills the scheduling metadata."""
+    flash = import_or_explain("flash_mla", "sgl-flash-mla")
+    metadata, _ = flash.get_mla_metadata()
+
+    def call(i: int) -> torch.Tensor:
+        out, _ = flash.flash_mla_with_kvcache(
+            case.q[i],
+            case.kv_cache[i],
+            case.block_table,
+            case.seq_lens,
+            LATENT_DIM,
+            metadata,
+            softmax_scale=SOFTMAX_SCALE,
+            causal=True,
+            is_fp8_kvcache=False,
+            use_legacy=True,
+        )
+        return out
+
+    return Prepared(call)
+
+
+def flashinfer_fa3(case: Case) -> Prepared:
+    """Prepare FlashInfer's fa3 backend, which compiles its kernel at first use."""
+    mla = import_or_explain("flashinfer.mla", "flashinfer-python")
+    shape, device = case.shape, case.seq_lens.device
+    batch = len(shape.seq_lens)
+    blocks = [math.ceil(length / BLOCK_SIZE) for length in shape.seq_lens]
+    indices = torch.cat([case.block_table[row, :n] for row, n in enumerate(blocks)])
+    workspace = torch.empty(256 << 20, dtype=torch.int8, device=device)
+    wrapper = mla.BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
+    wrapper.plan(
+        torch.arange(batch + 1, dtype=torch.int32, device=device) * shape.new_tokens,
+        torch.tensor([0, *blocks], device=device).cumsum(0).int(),
+        indices,
+        case.seq_lens,
+        shape.num_heads,
+        LATENT_DIM,
+        HEAD_DIM - LATENT_DIM,
+        BLOCK_SIZE,
+        True,  # causal
+        SOFTMAX_SCALE,
+        torch.bfloat16,
+        torch.bfloat16,
+    )
+    split = [LATENT_DIM, HEAD_DIM - LATENT_DIM]
+    queries = [
+        tuple(part.contiguous() for part in q.flatten(0, 1).split(split, -1)) for q in case.q
+    ]
+
+    def call(i: int) -> torch.Tensor:
+        latent, rope = case.kv_cache[i].squeeze(2).split(split, -1)
+        out: torch.Tensor = wrapper.run(*queries[i], latent, rope)
+        return out.view(batch, shape.new_tokens, shape.num_heads, LATENT_DIM)
+
+    return Prepared(call)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Case], Prepared]] = {
+    "mla_decode": mla_decode,
+    "flash_mla": flash_mla,
+    "flashinfer_fa3": flashinfer_fa3,
+}

@@ -1,0 +1,152 @@
+"""Times implementations of one shape on the GPU, beside each other and with their outputs checked.
+
+Each implementation is captured into a CUDA graph of eight calls or so that go round the copies of
+the inputs, so that no call finds its KV in L2; before each replay the L2 is filled with other data,
+by reads (writes would have to drain during the measurement). Replays of the implementations
+alternate, so that clocks and temperature are the same for all. Outputs are poisoned before the
+timed replays and compared with the reference after them: a launch that did nothing is an error,
+not a record.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+
+from benchmarks.case import (
+    CACHE_FACTOR,
+    Case,
+    calls_per_copy,
+    make_case,
+    number_of_copies,
+    relative_error,
+)
+from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.shapes import Shape
+
+REPLAYS = 20
+WARMUP_REPLAYS = 3
+MAX_REL_ERR = 3e-3  # of O against float64, relative L2
+
+
+@dataclass
+class Row:
+    """One line of the benchmark; ``error`` says why there is no number, or why not to trust it."""
+
+    shape: Shape
+    impl: str
+    us: float = math.nan
+    rel_err: float = math.nan
+    error: str = ""
+    replays_us: list[float] = field(default_factory=list)
+
+    @property
+    def gbps(self) -> float:
+        return self.shape.bytes / self.us / 1e3
+
+    @property
+    def tflops(self) -> float:
+        return self.shape.flop / self.us / 1e6
+
+    def as_json(self) -> dict[str, str | float]:
+        return {
+            "shape": self.shape.name,
+            "impl": self.impl,
+            "us": round(self.us, 3),
+            "gbps": round(self.gbps, 1),
+            "tflops": round(self.tflops, 2),
+            "floor_us": round(self.shape.floor_us, 2),
+            "rel_err": self.rel_err,
+        }
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+class Capture:
+    """One implementation's calls on all copies, in a graph that replays them in order."""
+
+    def __init__(self, case: Case, impl: str, calls_per_copy: int) -> None:
+        self.prepared = IMPLEMENTATIONS[impl](case)  # keeps plans and workspaces alive
+        call = self.prepared.call
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # lazy initialisation happens outside the capture
+            for i in range(case.copies):
+                call(i)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.prepared.synchronize()
+        self.case = case
+        self.order = list(range(case.copies)) * calls_per_copy
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.outputs = [call(i) for i in self.order]
+        self.times_us: list[float] = []
+
+    def replay(self) -> float:
+        """Replay once and return microseconds per call."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / len(self.order)
+
+    def poison(self) -> None:
+        for out in self.outputs:
+            out.fill_(math.nan)
+
+    def error(self) -> float:
+        """Return the worst relative error over the copies."""
+        return max(
+            relative_error(out, self.case.reference[i])
+            for i, out in zip(self.order, self.outputs, strict=True)
+        )
+
+
+def measure(shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int = 0) -> list[Row]:
+    """Time ``impls`` on one shape; one row each, in that order."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    l2_bytes: int = properties.L2_cache_size
+    case = make_case(
+        shape,
+        device,
+        copies=number_of_copies(shape.kv_bytes, l2_bytes, properties.total_memory // 3),
+        seed=seed,
+    )
+    rounds = calls_per_copy(case.copies, shape.kv_bytes, l2_bytes)
+    rows = {impl: Row(shape, impl) for impl in impls}
+    captures: dict[str, Capture] = {}
+    for impl in impls:
+        try:
+            captures[impl] = Capture(case, impl, rounds)
+        except Exception as error:  # one implementation less, the others go on
+            rows[impl].error = describe(error)
+    flush = torch.ones(CACHE_FACTOR * l2_bytes // 4, dtype=torch.float32, device=device)
+    for _ in range(WARMUP_REPLAYS):
+        for capture in captures.values():
+            capture.replay()
+    for capture in captures.values():
+        capture.poison()
+    for _ in range(replays):
+        for capture in captures.values():
+            flush.sum()
+            capture.times_us.append(capture.replay())
+    for impl, capture in captures.items():
+        row = rows[impl]
+        row.us = statistics.median(capture.times_us)
+        row.replays_us = capture.times_us
+        row.rel_err = capture.error()
+        try:
+            capture.prepared.synchronize()
+        except Exception as error:
+            row.error = describe(error)
+            continue
+        if not row.rel_err <= MAX_REL_ERR:
+            row.error = f"wrong output: relative error {row.rel_err:.2e}"
+    return list(rows.values())

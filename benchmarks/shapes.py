@@ -1,0 +1,105 @@
+"""The shapes that are benchmarked, their traffic, work and physical limit."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+LATENT_DIM = 512  # width of V and of the no-position part of Q and K
+HEAD_DIM = 576  # latent and rope part
+BLOCK_SIZE = 64
+BF16_BYTES = 2
+
+# Measured on an H200: a persistent grid that streams the KV bytes and computes nothing, and the
+# bf16 matrix rate on random data.
+LAUNCH_US = 1.6
+BYTES_PER_US = 4.6e6
+FLOP_PER_US = 790e6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decode problem: ``new_tokens`` causal query tokens for each request."""
+
+    name: str
+    seq_lens: tuple[int, ...]
+    new_tokens: int
+    num_heads: int
+    measured_floor_us: float | None = None  # of this very shape, on an H200
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the cache that must be read."""
+        return HEAD_DIM * BF16_BYTES * sum(self.seq_lens)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of cache, Q and O: what a call must move."""
+        rows = len(self.seq_lens) * self.new_tokens * self.num_heads
+        return self.kv_bytes + rows * (HEAD_DIM + LATENT_DIM) * BF16_BYTES
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of both matrix products, the causal mask not deducted."""
+        return 2 * self.new_tokens * self.num_heads * (HEAD_DIM + LATENT_DIM) * sum(self.seq_lens)
+
+    @property
+    def model_floor_us(self) -> float:
+        """The limit by formula: the slower of streaming the bytes and doing the arithmetic."""
+        return max(LAUNCH_US + self.bytes / BYTES_PER_US, self.flop / FLOP_PER_US)
+
+    @property
+    def floor_us(self) -> float:
+        """The limit: as measured where it was, else by formula."""
+        return self.measured_floor_us or self.model_floor_us
+
+
+B16_LOGNORMAL = (
+    12603, 1216, 2490, 7118, 1778, 4572, 5879, 2140, 1327, 5966, 13269, 2573, 3520, 25480, 2810,
+    2939,
+)  # fmt: skip
+B64_MIX = (
+    871, 568, 711, 329, 617, 1015, 348, 978, 543, 837, 650, 1020, 924, 679, 560, 497,
+    650, 406, 381, 423, 511, 423, 569, 943, 645, 820, 829, 883, 937, 765, 711, 847,
+    722, 546, 519, 279, 516, 315, 664, 845, 850, 546, 670, 871, 527, 329, 446, 764,
+    582, 1011, 453, 655, 532, 985, 1019, 810, 317, 305, 949, 317, 669, 768, 530, 349,
+)  # fmt: skip
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("B1_64k_q1_h16", (65536,), 1, 16, 18.5),
+        Shape("imb4_q4_h16", (4641, 45118, 1730, 1696), 4, 16, 15.4),
+        Shape("B64_mix_q4_h16", B64_MIX, 4, 16, 14.4),
+        Shape("B64_512_q2_h16", (512,) * 64, 2, 16, 11.2),
+        Shape("B8_1k_q1_h16", (1024,) * 8, 1, 16, 3.8),
+        Shape("B16_lognormal_q1_h16", B16_LOGNORMAL, 1, 16, 25.6),
+        Shape("B132_4k_q4_h16", (4096,) * 132, 4, 16, 141),
+        Shape("B128_4k_q1_h16", (4096,) * 128, 1, 16, 134),
+        Shape("B128_4k_q1_h8", (4096,) * 128, 1, 8, 133),
+        Shape("B32_8k_q1_h64", (8192,) * 32, 1, 64, 68),
+        Shape("B128_4k_q1_h128", (4096,) * 128, 1, 128, 185),
+        Shape("B128_8k_q2_h128", (8192,) * 128, 2, 128, 739),
+        Shape("B1_128k_q1_h128", (131072,), 1, 128, 46),
+    )
+}
+
+
+def random_shapes(count: int, seed: int) -> list[Shape]:
+    """Return ``count`` random batches, the same for the same seed: mixed sizes, heavy tails."""
+    rng = random.Random(seed)
+    shapes = []
+    for index in range(count):
+        batch = round(2 ** rng.uniform(0, 7.5))
+        median = 2 ** rng.uniform(8, 14.5)
+        sigma = rng.choice([0.0, 0.3, 1.0, 1.5])
+        num_heads = rng.choice([8, 16, 16, 32, 64, 128])
+        new_tokens = rng.choice([1, 1, 2, 3, 4])
+        longest = max(new_tokens, min(131072, 2_000_000 // batch))
+        seq_lens = tuple(
+            max(new_tokens, min(longest, round(median * rng.lognormvariate(0, sigma))))
+            for _ in range(batch)
+        )
+        name = f"random{seed}.{index}_B{batch}_q{new_tokens}_h{num_heads}"
+        shapes.append(Shape(name, seq_lens, new_tokens, num_heads))
+    return shapes

@@ -1,0 +1,116 @@
+// Fragments of an MLA partial, and the tensor-core products on them.
+//
+// Fragments are wgmma's: a thread holds two rows of a 64-row tile, `lane / 4` of
+// its warp's sixteen and the one eight below, and in each the column pairs
+// 8 j + 2 (lane % 4).
+#pragma once
+
+#include "instructions/mla_globals.cuh"
+
+namespace mla {
+
+using Scores = kittens::rt_fl<16, kKvTile>;
+using Accumulator = kittens::rt_fl<16, kHalfLatent>;
+using PFragment = kittens::rt_bf<16, kKvTile>;
+using PTile = kittens::st_bf<kMaxRows, kKvTile>;
+
+__device__ __forceinline__ int fragment_row() {
+    const int thread = mk::ptx::thread_in_cta();
+    return thread % kWarpgroupThreads / mk::kWarpThreads * 16 + thread % mk::kWarpThreads / 4;
+}
+
+// A wgmma operand in shared memory. ThunderKittens' descriptors are 64-bit sums in vector
+// registers, a dozen instructions per product where a product of 64 x 64 x 16 takes 32 cycles
+// (H200: 50 measured). Here the address is uniform by construction and only the low word moves.
+// Fields: PTX ISA, "Matrix descriptor format".
+template <class Tile, bool kTransposed>
+class Operand {
+  public:
+    __device__ explicit Operand(uint32_t address)
+        : low_(__shfl_sync(~0u, address, 0) >> 4 | kLeadingBytes >> 4 << 16) {}
+
+    // The 16-deep slice `step` of the dimension that is summed over.
+    __device__ uint64_t slice(int step) const {
+        const int bytes = kTransposed
+                              ? step * 16 * kSwizzleBytes
+                              : step / kStepsPerBlock * kBlockBytes + step % kStepsPerBlock * 32;
+        return static_cast<uint64_t>(kHigh) << 32 | (low_ + (bytes >> 4));
+    }
+
+  private:
+    static constexpr int kSwizzleBytes = Tile::swizzle_bytes;
+    static constexpr int kBlockBytes = Tile::rows * kSwizzleBytes;
+    static constexpr int kStepsPerBlock = kSwizzleBytes / 32;
+    // Between swizzle blocks side by side; read for transposed operands only.
+    static constexpr uint32_t kLeadingBytes = kTransposed ? kBlockBytes : 16;
+    static constexpr uint32_t kSwizzleMode = kSwizzleBytes == 128 ? 1 : 2;
+    static constexpr uint32_t kHigh = 8 * kSwizzleBytes >> 4 | kSwizzleMode << 30;
+    static_assert(kSwizzleBytes == 128 || kSwizzleBytes == 64);
+
+    uint32_t low_;
+};
+
+// What came before in these registers is done before the products that follow. (Shared memory
+// written by ordinary stores has been fenced by its writers.)
+template <class Fragment>
+__device__ __forceinline__ void begin_products(Fragment& d) {
+#pragma unroll
+    for (int tile = 0; tile < Fragment::width; ++tile) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+            asm volatile("" : "+f"(d.tiles[0][tile].data[part].x)::"memory");
+            asm volatile("" : "+f"(d.tiles[0][tile].data[part].y)::"memory");
+        }
+    }
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// Shared-memory addresses of the parts of a HalfTile.
+__device__ __forceinline__ uint32_t latent_address(uint32_t half_tile) { return half_tile; }
+__device__ __forceinline__ uint32_t rope_address(uint32_t half_tile) {
+    return half_tile + sizeof(LatentHalf);
+}
+
+// Issues s (+)= Q K^T over one half of the width; not yet committed.
+template <bool kFirst>
+__device__ __forceinline__ void multiply_scores(Scores& s, uint32_t q, uint32_t k) {
+    using Mma = kittens::wgmma::base<float, bf16, kKvTile, 0, 0>;
+    const Operand<LatentHalf, false> q_latent(latent_address(q)), k_latent(latent_address(k));
+    const Operand<RopeHalf, false> q_rope(rope_address(q)), k_rope(rope_address(k));
+    begin_products(s);
+#pragma unroll
+    for (int step = 0; step < kHalfLatent / 16; ++step) {
+        Mma::st_st(s, q_latent.slice(step), k_latent.slice(step), !(kFirst && step == 0));
+    }
+#pragma unroll
+    for (int step = 0; step < kHalfRope / 16; ++step) {
+        Mma::st_st(s, q_rope.slice(step), k_rope.slice(step), 1);
+    }
+}
+
+using OutputMma = kittens::wgmma::base<float, bf16, kHalfLatent, 0, 1>;
+
+// Issues o += P V with P in registers.
+__device__ __forceinline__ void accumulate(Accumulator& o, const PFragment& p, uint32_t v) {
+    const Operand<LatentHalf, true> v_rows(latent_address(v));
+    begin_products(o);
+#pragma unroll
+    for (int step = 0; step < kKvTile / 16; ++step) {
+        OutputMma::rt_st(o, p.tiles[0][step], v_rows.slice(step), 1);
+    }
+    kittens::warpgroup::mma_commit_group();
+}
+
+// The same with P in shared memory.
+__device__ __forceinline__ void accumulate(Accumulator& o, uint32_t p, uint32_t v) {
+    const Operand<PTile, false> p_cols(p);
+    const Operand<LatentHalf, true> v_rows(latent_address(v));
+    begin_products(o);
+#pragma unroll
+    for (int step = 0; step < kKvTile / 16; ++step) {
+        OutputMma::st_st(o, p_cols.slice(step), v_rows.slice(step), 1);
+    }
+    kittens::warpgroup::mma_commit_group();
+}
+
+}  // namespace mla

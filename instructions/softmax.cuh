@@ -1,0 +1,154 @@
+// Online softmax on one warpgroup's fragments. No synchronisation between
+// warpgroups here.
+#pragma once
+
+#include "instructions/fragments.cuh"
+
+namespace mla {
+
+// Scores of positions at or past `visible` (for the upper and the lower row) become -inf.
+__device__ __forceinline__ void hide_past(Scores& s, int visible_upper, int visible_lower) {
+    const int first = 2 * (mk::ptx::thread_in_cta() % 4);
+#pragma unroll
+    for (int tile = 0; tile < Scores::width; ++tile) {
+#pragma unroll
+        for (int part = 0; part < 4; ++part) {
+            const int visible = part % 2 == 0 ? visible_upper : visible_lower;
+            const int col = 16 * tile + 8 * (part / 2) + first;
+            float2& pair = s.tiles[0][tile].data[part];
+            if (col >= visible) pair.x = -INFINITY;
+            if (col + 1 >= visible) pair.y = -INFINITY;
+        }
+    }
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// What a move of the running maximum does to everything summed so far.
+struct RowScale {
+    float factor[2];
+
+    // For a scale found while products are in flight: its use may not be scheduled ahead of this
+    // point. (ptxas serialises all products when an accumulator changes among them.)
+    __device__ __forceinline__ void pin() {
+        asm volatile("" : "+f"(factor[0]), "+f"(factor[1])::"memory");
+    }
+
+    __device__ __forceinline__ void apply(Accumulator& o) const {
+        if (__all_sync(~0u, factor[0] == 1.f && factor[1] == 1.f)) return;
+#pragma unroll
+        for (int tile = 0; tile < Accumulator::width; ++tile) {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                float2& pair = o.tiles[0][tile].data[part];
+                pair.x *= factor[part % 2];
+                pair.y *= factor[part % 2];
+            }
+        }
+    }
+};
+
+// Running maximum, in units of log2, and sum of this thread's two rows. All four threads of a
+// quad hold the same maximum; each sums its own columns until the end.
+struct RowState {
+    static constexpr float kSlack = 8.f;
+
+    float max[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0.f, 0.f};
+
+    // A row that has seen no key yet has no maximum to subtract.
+    __device__ static float finite(float x) { return x == -INFINITY ? 0.f : x; }
+
+    __device__ __forceinline__ RowScale move_max(const float (&to)[2]) {
+        RowScale scale;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            scale.factor[i] = mk::ptx::exp2_approx(finite(max[i]) - finite(to[i]));
+            if (max[i] == -INFINITY) scale.factor[i] = 1.f;  // nothing summed yet
+            max[i] = to[i];
+            sum[i] *= scale.factor[i];
+        }
+        return scale;
+    }
+
+    // Turns scores into P, relative to the running maximum. The maximum stays where it is until
+    // a score exceeds it by 2^kSlack: P then is at most that, exact all the same in a format with
+    // an exponent, and most tiles need no rescaling of O at all.
+    __device__ __forceinline__ RowScale absorb(Scores& s, PFragment& p, float scale_log2) {
+        float top[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+        for (int tile = 0; tile < Scores::width; ++tile) {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                const float2 pair = s.tiles[0][tile].data[part];
+                top[part % 2] = fmaxf(top[part % 2], fmaxf(pair.x, pair.y));
+            }
+        }
+        float to[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float tile_max = quad_max(top[i]) * scale_log2;
+            to[i] = tile_max > max[i] + kSlack ? tile_max : max[i];
+        }
+        const RowScale scale = move_max(to);
+        const float shift[2] = {finite(max[0]), finite(max[1])};
+#pragma unroll
+        for (int tile = 0; tile < Scores::width; ++tile) {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                const float2 pair = s.tiles[0][tile].data[part];
+                const float2 e = {mk::ptx::exp2_approx(fmaf(pair.x, scale_log2, -shift[part % 2])),
+                                  mk::ptx::exp2_approx(fmaf(pair.y, scale_log2, -shift[part % 2]))};
+                sum[part % 2] += e.x + e.y;
+                p.tiles[0][tile].data[part] = __float22bfloat162_rn(e);
+            }
+        }
+        return scale;
+    }
+
+    // Takes over the maximum that the other warpgroup found.
+    __device__ __forceinline__ RowScale follow(const float* row_max) {
+        const int row = fragment_row();
+        const float to[2] = {row_max[row], row_max[row + 8]};
+        return move_max(to);
+    }
+
+    __device__ __forceinline__ void publish_max(float* row_max) const {
+        if (mk::ptx::thread_in_cta() % 4 != 0) return;
+        const int row = fragment_row();
+        row_max[row] = max[0];
+        row_max[row + 8] = max[1];
+    }
+
+    __device__ __forceinline__ void publish_sum(float* row_sum) {
+        const int row = fragment_row();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            sum[i] = quad_sum(sum[i]);
+            if (mk::ptx::thread_in_cta() % 4 == 0) row_sum[row + 8 * i] = sum[i];
+        }
+    }
+    __device__ __forceinline__ void add_sum(const float* row_sum) {
+        const int row = fragment_row();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) sum[i] += row_sum[row + 8 * i];
+    }
+
+    // What the output is multiplied with in the end. A row that saw no key has none: 0.
+    __device__ __forceinline__ RowScale inverse_sum() const {
+        return {{sum[0] > 0.f ? 1.f / sum[0] : 0.f, sum[1] > 0.f ? 1.f / sum[1] : 0.f}};
+    }
+
+    __device__ __forceinline__ float lse_log2(int i) const {
+        return sum[i] > 0.f ? max[i] + __log2f(sum[i]) : -INFINITY;
+    }
+};
+
+}  // namespace mla

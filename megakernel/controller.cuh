@@ -1,0 +1,139 @@
+// The controller warp: draws tickets from the global queue, decodes each
+// instruction into a ring slot one ahead of the one that runs, grants it the
+// pages in the order in which its predecessor gives them up, and builds and
+// retires its semaphores.
+#pragma once
+
+#include "opcode_list.cuh"
+#include "state.cuh"
+
+namespace mk {
+
+// The ticket counter starts at 0 and the CTA's index is its first ticket, so a draw is offset by
+// the grid. The CTA that leaves last puts the state back for the next launch and moves the epoch
+// past this one's: no reset pass, no argument that a captured graph would freeze.
+__device__ inline int draw_ticket(QueueState* queue) {
+    return static_cast<int>(gridDim.x) + atomicAdd(&queue->next_ticket, 1);
+}
+
+__device__ inline void leave_queue(QueueState* queue, int32_t epoch) {
+    __threadfence();
+    if (atomicAdd(&queue->ctas_left, 1) + 1 != static_cast<int>(gridDim.x)) return;
+    queue->next_ticket = 0;
+    queue->ctas_left = 0;
+    queue->epoch = epoch;
+}
+
+// This lane's word of an instruction; past the end of the queue, the opcode that ends it.
+__device__ inline int32_t fetch_word(const MegakernelArgs& args, int ticket) {
+    if (ticket >= args.num_instructions) return kOpcodeEndOfQueue;
+    return __ldg(&args.instructions[ticket * kInstructionWords + threadIdx.x % kWarpThreads]);
+}
+
+template <class Config, class Ops>
+class Controller {
+  public:
+    template <class Globals>
+    __device__ static void run(const Globals& globals, State<Config>& state, int32_t first_word) {
+        const int lane = threadIdx.x % kWarpThreads;
+        const MegakernelArgs& args = globals.megakernel;
+        int ticket = blockIdx.x;
+        int32_t word = first_word;
+        for (;; state.advance()) {
+            const bool more = retire_slot(state, lane) && !state.failed();
+            const int32_t opcode = more ? __shfl_sync(~0u, word, kWordOpcode) : kOpcodeEndOfQueue;
+            decode(globals, state, lane, ticket, lane == kWordOpcode ? opcode : word, opcode);
+            if (opcode == kOpcodeEndOfQueue) break;
+            wait_prefetch_gate(state);
+            if (lane == 0) ticket = draw_ticket(args.queue);
+            ticket = __shfl_sync(~0u, ticket, 0);
+            word = fetch_word(args, ticket);
+        }
+        if (lane == 0) leave_queue(args.queue, state.control().epoch);
+    }
+
+  private:
+    // Waits until the instruction that had this slot is done, and takes its semaphores down.
+    __device__ static bool retire_slot(State<Config>& state, int lane) {
+        if (state.index() < Config::kInstructionRing) return true;
+        const int slot = state.slot();
+        ControlBlock<Config>& control = state.control();
+        const uint32_t parity = (state.index() / Config::kInstructionRing + 1) & 1;
+        const bool ok = state.wait_local(
+            ptx::smem_address(&control.retired[slot]), parity, WaitKind::kRetired, slot);
+        if (lane < control.num_semaphores[slot]) ptx::mbar_invalidate(state.semaphore(lane));
+        __syncwarp();
+        return __all_sync(~0u, ok);
+    }
+
+    __device__ static void wait_prefetch_gate(State<Config>& state) {
+        const int slot = state.slot();
+        state.wait_local(ptx::smem_address(&state.control().loads_issued[slot]),
+                         (state.index() / Config::kInstructionRing) & 1,
+                         WaitKind::kPrefetchGate,
+                         slot);
+        __syncwarp();
+    }
+
+    template <class Globals>
+    __device__ static void decode(const Globals& globals,
+                                  State<Config>& state,
+                                  int lane,
+                                  int ticket,
+                                  int32_t word,
+                                  int32_t opcode) {
+        ControlBlock<Config>& control = state.control();
+        const int slot = state.slot();
+        grant_pages(globals, state, lane);
+        control.words[slot][lane] = word;
+        if (lane == 0) {
+            control.ticket[slot] = ticket;
+            control.num_semaphores[slot] = 0;
+        }
+        __syncwarp();
+        const bool known =
+            opcode == kOpcodeEndOfQueue ||
+            Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
+                static_assert(Op::kNumSemaphores <= Config::kSemaphoresPerInstruction);
+                if (lane < Op::kNumSemaphores) {
+                    ptx::mbar_init(state.semaphore(lane),
+                                   Op::Controller::arrival_count(globals, lane));
+                }
+                if (lane == 0) control.num_semaphores[slot] = Op::kNumSemaphores;
+            });
+        if (!known && lane == 0) {
+            state.watchdog().raise(
+                slot, WaitKind::kBadOpcode, slot, 0, opcode, Watchdog<Config>::kHere);
+            control.words[slot][kWordOpcode] = kOpcodeEndOfQueue;
+        }
+        if (opcode != kOpcodeEndOfQueue && lane == 0) {
+            state.record(TimingWord::kFetched);
+            if constexpr (Config::kTimings) {
+                globals.megakernel.timings[ticket * kTimingWords] =
+                    static_cast<int32_t>(ptx::sm_id()) + 1;
+            }
+        }
+        ptx::fence_mbar_init();
+        __syncwarp();
+        if (lane == 0) ptx::mbar_arrive(ptx::smem_address(&control.decoded[slot]));
+    }
+
+    // The page that the predecessor gives up k-th is the page that this one asks for k-th.
+    template <class Globals>
+    __device__ static void grant_pages(const Globals& globals, State<Config>& state, int lane) {
+        ControlBlock<Config>& control = state.control();
+        if (lane >= Config::kNumSmemPages) return;
+        int physical = lane;
+        if (state.index() > 0) {
+            const int before = (state.index() - 1) % Config::kInstructionRing;
+            const int32_t* words = control.words[before];
+            Ops::visit(words[kWordOpcode], [&]<class Op>(std::type_identity<Op>) {
+                const int logical = Op::Controller::released_page(globals, words, lane);
+                physical = control.physical_page[before][logical];
+            });
+        }
+        control.physical_page[state.slot()][lane] = static_cast<uint8_t>(physical);
+    }
+};
+
+}  // namespace mk

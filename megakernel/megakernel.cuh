@@ -1,0 +1,69 @@
+// The kernel: one CTA per SM, a warp or more per role, each in its own loop over
+// the instructions that the CTA draws from the global queue.
+#pragma once
+
+#include "controller.cuh"
+#include "noop.cuh"
+#include "role_loop.cuh"
+
+namespace mk {
+
+template <class Config>
+__device__ void init_control_block(const MegakernelArgs& args) {
+    ControlBlock<Config>& control = control_block<Config>();
+    for (int slot = 0; slot < Config::kInstructionRing; ++slot) {
+        ptx::mbar_init(ptx::smem_address(&control.decoded[slot]), 1);
+        ptx::mbar_init(ptx::smem_address(&control.retired[slot]), retire_arrivals<Config>());
+        ptx::mbar_init(ptx::smem_address(&control.loads_issued[slot]), 1);
+    }
+    for (int page = 0; page < Config::kNumSmemPages; ++page) {
+        ptx::mbar_init(ptx::smem_address(&control.page_free[page]), Config::kPageReleaseArrivals);
+    }
+    control.failure.raised = 0;
+    // Every launch has an epoch of its own: later than the last one's by 1 + tic.
+    control.epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
+    ptx::fence_mbar_init();
+}
+
+// Globals: what the opcodes read. It has a `MegakernelArgs megakernel`, and a `prefetch()` that one
+// thread calls before anything else.
+template <class Config, class Ops, class Globals>
+__global__ void __launch_bounds__(Config::kNumThreads, 1)
+    megakernel(const __grid_constant__ Globals globals) {
+    static_assert(check_register_budget<Config>());
+    const MegakernelArgs& args = globals.megakernel;
+
+    const int warp = threadIdx.x / kWarpThreads;
+    const auto role = warp < Config::kNumConsumerWarps
+                          ? Role::kConsumer
+                          : static_cast<Role>(warp - Config::kNumConsumerWarps + 1);
+    // Two round trips to memory, side by side: the epoch and the first instruction.
+    int32_t first_word = 0;
+    if (role == Role::kController) first_word = fetch_word(args, blockIdx.x);
+    if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
+    if (threadIdx.x == 0) init_control_block<Config>(args);
+    __syncthreads();
+
+    if (role == Role::kConsumer) {
+        ptx::raise_registers<Config::kConsumerRegisters>();
+        State<Config> state(args, role);
+        run_role<Role::kConsumer, Config, Ops>(globals, state);
+    } else {
+        ptx::lower_registers<Config::kControlRegisters>();
+        State<Config> state(args, role);
+        if (role == Role::kController) {
+            Controller<Config, Ops>::run(globals, state, first_word);
+        } else if (role == Role::kLoader) {
+            run_role<Role::kLoader, Config, Ops>(globals, state);
+        } else if (role == Role::kStorer) {
+            run_role<Role::kStorer, Config, Ops>(globals, state);
+        } else {
+            run_role<Role::kLauncher, Config, Ops>(globals, state);
+        }
+    }
+
+    __syncthreads();
+    if (threadIdx.x == 0) publish_failure<Config>(args);
+}
+
+}  // namespace mk

@@ -1,0 +1,51 @@
+// The loop that loaders, consumers, storers and launchers share: take the next
+// decoded instruction, run this role's part of it, say that it is done.
+#pragma once
+
+#include "opcode_list.cuh"
+#include "state.cuh"
+
+namespace mk {
+
+template <Role kRole, class Op>
+struct RoleOf;
+template <class Op>
+struct RoleOf<Role::kLoader, Op> : Op::Loader {};
+template <class Op>
+struct RoleOf<Role::kConsumer, Op> : Op::Consumer {};
+template <class Op>
+struct RoleOf<Role::kStorer, Op> : Op::Storer {};
+template <class Op>
+struct RoleOf<Role::kLauncher, Op> : Op::Launcher {};
+
+template <class Config>
+constexpr int retire_arrivals() {  // one per warp but the controller's
+    return Config::kNumConsumerWarps + Config::kNumControlWarps - 1;
+}
+
+template <Role kRole, class Config, class Ops, class Globals>
+__device__ void run_role(const Globals& globals, State<Config>& state) {
+    const int lane = threadIdx.x % kWarpThreads;
+    for (;; state.advance()) {
+        const int slot = state.slot();
+        ControlBlock<Config>& control = state.control();
+        const uint32_t parity = (state.index() / Config::kInstructionRing) & 1;
+        // Nothing of a slot that never came may be read: the failed CTA stops here.
+        if (!state.wait_local(
+                ptx::smem_address(&control.decoded[slot]), parity, WaitKind::kInstruction, slot)) {
+            break;
+        }
+        const int32_t opcode = state.opcode();
+        if (opcode == kOpcodeEndOfQueue) break;
+        Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
+            RoleOf<kRole, Op>::run(globals, state);
+            __syncwarp();
+            if (kRole == Op::kPrefetchGate && lane == 0) {
+                ptx::mbar_arrive(ptx::smem_address(&control.loads_issued[slot]));
+            }
+        });
+        if (lane == 0) ptx::mbar_arrive(ptx::smem_address(&control.retired[slot]));
+    }
+}
+
+}  // namespace mk

@@ -1,0 +1,155 @@
+// What a role sees of the instruction that it is working on: its words, its
+// pages, its semaphores, and the ways to wait. The only handle that opcodes use.
+#pragma once
+
+#include "control_block.cuh"
+#include "ptx.cuh"
+#include "watchdog.cuh"
+
+namespace mk {
+
+template <class Config_>
+class State {
+  public:
+    using Config = Config_;
+
+    __device__ State(const MegakernelArgs& args, Role role) : args_(args), watchdog_(args, role) {}
+
+    // ---- the instruction ------------------------------------------------------
+
+    __device__ int32_t word(int index) const { return control().words[slot()][index]; }
+    __device__ int32_t opcode() const { return word(kWordOpcode); }
+    __device__ int32_t uid() const { return word(kWordUid); }
+
+    // ---- pages ------------------------------------------------------------------
+
+    // Page in the order in which the instruction asks for them; granted once wait_page returned.
+    __device__ unsigned char* page(int logical) const {
+        return smem_base() + physical_page(logical) * Config::kSmemPageBytes;
+    }
+
+    __device__ bool wait_page(int logical) const {
+        return wait_local(ptx::smem_address(&control().page_free[physical_page(logical)]),
+                          (index_ + 1) & 1,
+                          WaitKind::kPage,
+                          logical);
+    }
+
+    // Hands a page to the next instruction. Every page of every instruction must be released by
+    // kPageReleaseArrivals arrivals; call from one lane.
+    __device__ void release_page(int logical, int arrivals) const {
+        ptx::mbar_arrive(ptx::smem_address(&control().page_free[physical_page(logical)]), arrivals);
+    }
+
+    // Releases the pages [first, kNumSmemPages) that this instruction has no use for, as they
+    // come; call from a whole warp.
+    __device__ void pass_pages_from(int first, int lane) const {
+        const int logical = first + lane;
+        if (logical < Config::kNumSmemPages) {
+            wait_page(logical);
+            release_page(logical, Config::kPageReleaseArrivals);
+        }
+        __syncwarp();
+    }
+
+    // Scratch of the consumers: theirs from their first to their last line in an instruction.
+    __device__ unsigned char* scratch() const {
+        return smem_base() + SmemLayout<Config>::kScratchOffset;
+    }
+
+    // ---- semaphores ---------------------------------------------------------------
+
+    // mbarrier in phase 0 when the instruction starts, with the arrival count that the opcode's
+    // Controller names.
+    __device__ uint32_t semaphore(int index) const {
+        return ptx::smem_address(&control().semaphores[slot()][index]);
+    }
+
+    __device__ void arrive(int index, int arrivals = 1) const {
+        ptx::mbar_arrive(semaphore(index), arrivals);
+    }
+
+    // False: the launch has failed, and what was waited for may never be true.
+    __device__ bool wait(int index, uint32_t phase) const {
+        return wait_local(semaphore(index), phase & 1, WaitKind::kSemaphore, index);
+    }
+
+    // Whether a wait would return at once.
+    __device__ bool is_complete(int index, uint32_t phase) const {
+        return ptx::mbar_test_wait(semaphore(index), phase & 1);
+    }
+
+    // ---- other CTAs -----------------------------------------------------------------
+
+    // Waits until the flag carries this launch's epoch, then sees what was written before it.
+    __device__ bool wait_done_flag(const int32_t* flag, int index) const {
+        const int32_t epoch = control().epoch;
+        int32_t seen = ptx::load_acquire_gpu(flag);
+        if (seen == epoch) return true;
+        const uint32_t start = coarse_time();
+        do {
+            if (watchdog_.expired(start, slot(), WaitKind::kDoneFlag, index, epoch, seen)) {
+                return false;
+            }
+            seen = ptx::load_acquire_gpu(flag);
+        } while (seen != epoch);
+        return true;
+    }
+
+    // Raises the flags [first, last] for all that this thread wrote, and all that it has seen
+    // written.
+    __device__ void raise_done_flags(int32_t* first, const int32_t* last) const {
+        ptx::fence_acq_rel_gpu();
+#pragma unroll 1
+        for (int32_t* flag = first; flag <= last; ++flag) {
+            ptx::store_relaxed_gpu(flag, control().epoch);
+        }
+    }
+
+    __device__ bool failed() const { return watchdog_.failed(); }
+
+    // ---- timing -----------------------------------------------------------------------
+
+    // Free when the config has no timings. Call from one lane.
+    __device__ void record(TimingWord which) const {
+        if constexpr (Config::kTimings) {
+            args_.timings[control().ticket[slot()] * kTimingWords + static_cast<int>(which)] =
+                static_cast<int32_t>(ptx::global_time_ns());
+        }
+    }
+
+    // ---- for the role loops -------------------------------------------------------------
+
+    __device__ int slot() const { return index_ % Config::kInstructionRing; }
+    __device__ int index() const { return index_; }
+    __device__ void advance() { ++index_; }
+    __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
+    __device__ const Watchdog<Config>& watchdog() const { return watchdog_; }
+
+    __device__ bool wait_local(uint32_t mbar, uint32_t parity, WaitKind kind, int index) const {
+        if (ptx::mbar_try_wait(mbar, parity)) return true;
+        const uint32_t start = coarse_time();
+        while (!ptx::mbar_try_wait(mbar, parity)) {
+            if (watchdog_.expired(start,
+                                  slot(),
+                                  kind,
+                                  index,
+                                  static_cast<int>(parity),
+                                  static_cast<int>(parity ^ 1))) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+  private:
+    __device__ int physical_page(int logical) const {
+        return control().physical_page[slot()][logical];
+    }
+
+    const MegakernelArgs& args_;
+    const Watchdog<Config> watchdog_;
+    int index_ = 0;  // of the instruction in this CTA's own sequence
+};
+
+}  // namespace mk

@@ -1,0 +1,247 @@
+"""Planner, simulator and validator of MLA decode queues (C++).
+
+Times are microseconds. Instruction words are those of ``instructions/layout.h``.
+"""
+
+from collections.abc import Sequence
+from typing import Final, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+INSTRUCTION_WORDS: Final[int]
+QUEUE_VERSION: Final[int]
+OPCODE_END_OF_QUEUE: Final[int]
+OPCODE_NOOP: Final[int]
+OPCODE_MLA_PARTIAL: Final[int]
+OPCODE_MLA_REDUCTION: Final[int]
+LATENT_DIM: Final[int]
+ROPE_DIM: Final[int]
+KV_TILE: Final[int]
+MAX_ROWS: Final[int]
+MAX_REDUCTION_INPUTS: Final[int]
+COLUMN_CHUNK: Final[int]
+MAX_HEADS: Final[int]
+MAX_NEW_TOKENS: Final[int]
+MAX_WORKERS: Final[int]
+
+WORDS: Final[dict[str, tuple[str, ...]]]
+"""Field names by opcode name; word ``i`` is field ``i``, what has no name is 0."""
+
+RULES: Final[dict[str, str]]
+"""Names of the validator's rules, and what each demands."""
+
+POLICIES: Final[tuple[str, ...]]
+
+_Lengths = Sequence[int] | npt.NDArray[np.integer]
+_Words = npt.NDArray[np.int32]
+
+class ScheduleError(ValueError):
+    """A queue breaks a rule. The message ends in ``(rule: <name>)``."""
+
+class _CostFields(TypedDict, total=False):
+    launch_us: float
+    instruction_us: float
+    partial_fixed_us: float
+    partial_next_us: float
+    partial_store_kib_us: float
+    partial_tile_us: float
+    partial_tile_compute_us: float
+    reduction_fixed_us: float
+    reduction_next_us: float
+    reduction_kib_us: float
+    dependency_us: float
+
+class CostModel:
+    """What things cost on one GPU, in microseconds; immutable.
+
+    Attributes
+    ----------
+    launch_us
+        Until the CTAs of a launch hold their first instructions.
+    instruction_us
+        Fetch and decode of one instruction when nothing hides it; all of a no-op.
+    partial_fixed_us, partial_next_us
+        A partial before its first tile, as an SM's first instruction and as a later one.
+    partial_store_kib_us
+        One KiB of a partial's result: 2 KiB per row in scratch, 1 KiB in the output.
+    partial_tile_us
+        One 64-token KV tile, if the memory did nothing else. Streaming SMs share this.
+    partial_tile_compute_us
+        The least time per tile of one SM.
+    reduction_fixed_us, reduction_next_us
+        A reduction without its bytes, after waiting, and right after another instruction.
+    reduction_kib_us
+        One KiB of a reduction's input.
+    dependency_us
+        From the end of an instruction until a waiting SM has seen its flag.
+    """
+
+    launch_us: float
+    instruction_us: float
+    partial_fixed_us: float
+    partial_next_us: float
+    partial_store_kib_us: float
+    partial_tile_us: float
+    partial_tile_compute_us: float
+    reduction_fixed_us: float
+    reduction_next_us: float
+    reduction_kib_us: float
+    dependency_us: float
+
+    def __init__(self, **fields: Unpack[_CostFields]) -> None:
+        """Fields that are not named keep their defaults.
+
+        Raises
+        ------
+        ValueError
+            An unknown field, or a time that is negative or not finite.
+        """
+
+    @staticmethod
+    def from_dict(values: dict[str, float]) -> CostModel:
+        """The inverse of `as_dict`; absent fields keep their defaults."""
+
+    def as_dict(self) -> dict[str, float]: ...
+
+class PlanData:
+    """A queue and what the simulation predicts for it.
+
+    Attributes
+    ----------
+    instructions
+        ``[n, 32]`` int32, without an end of queue.
+    num_slots
+        Scratch slots that the queue writes.
+    num_workers
+        CTAs that it was planned for. Any number runs it.
+    predicted_us
+        From the launch to the end of the last instruction; 0 for an empty batch.
+    worker, start_us, end_us
+        ``[n]`` int32, float32, float32: the predicted SM and times of each instruction.
+    """
+
+    @property
+    def instructions(self) -> _Words: ...
+    @property
+    def num_slots(self) -> int: ...
+    @property
+    def num_workers(self) -> int: ...
+    @property
+    def predicted_us(self) -> float: ...
+    @property
+    def worker(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def start_us(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def end_us(self) -> npt.NDArray[np.float32]: ...
+
+def plan(
+    seq_lens: _Lengths,
+    num_heads: int,
+    new_tokens: int,
+    num_workers: int,
+    cost: CostModel,
+    policy: str = "balanced",
+    split_tiles: int = 0,
+) -> PlanData:
+    """Plan a batch.
+
+    Parameters
+    ----------
+    seq_lens
+        KV length of each request, its new tokens included; at least 1.
+    num_heads, new_tokens
+        Query heads (at most 128) and new tokens (at most 64) of every request.
+    num_workers
+        SMs.
+    policy
+        One of `POLICIES`. ``"balanced"`` keeps the best of many cuts by simulation,
+        ``"backward"`` grows a reduction tree per request while `get_quality` rises,
+        ``"unsplit"`` leaves requests whole, ``"fixed"`` cuts every `split_tiles` tiles.
+    split_tiles
+        KV tiles of 64 tokens per piece, for the policy ``"fixed"`` alone.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the argument, what was expected and what came.
+    """
+
+def validate(
+    instructions: _Words,
+    seq_lens: _Lengths,
+    num_heads: int,
+    new_tokens: int,
+    num_slots: int,
+    batch: int | None = None,
+) -> None:
+    """Prove that a queue computes the batch's attention and cannot deadlock.
+
+    Parameters
+    ----------
+    instructions
+        ``[n, 32]`` int32. Untrusted: any words are safe to pass.
+    seq_lens
+        As in `plan`; a request of length 0 needs no instruction.
+    num_slots
+        Scratch slots that exist.
+    batch
+        Requests that the tensors hold; None: ``len(seq_lens)``.
+
+    Raises
+    ------
+    ScheduleError
+        The first violation, naming instruction, uid and rule (see `RULES`).
+    """
+
+def simulate(
+    instructions: _Words,
+    num_heads: int,
+    new_tokens: int,
+    num_workers: int,
+    cost: CostModel,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], float]:
+    """Predict a queue's execution under the GPU's policy of tickets in queue order.
+
+    Returns
+    -------
+    worker, start_us, end_us
+        ``[n]`` per instruction, up to the end of the queue if it has one.
+    makespan_us
+        End of the last instruction.
+
+    Raises
+    ------
+    ScheduleError
+        An unknown opcode, or an input that no earlier instruction writes.
+    """
+
+def get_quality(
+    next_times: Sequence[float],
+    num_processors: int,
+    num_tokens: int,
+    seq_length: int,
+) -> float:
+    """Estimated start of the earliest partial, counted back from the finish.
+
+    Partials of one sequence, one on each processor, feed ``len(next_times)`` reductions
+    for each new token. Each takes the latest time at which an input is still wanted; a
+    reduction wants its next input at ``next_times[i]``, and further ones earlier and
+    earlier. The sequence's tiles are dealt out so that the earliest start is latest.
+    The formula is in ``scheduler/quality.h``.
+
+    Parameters
+    ----------
+    next_times
+        When each reduction's next input is due; the finish is 0, so usually negative.
+    num_processors
+        Processors that work on the sequence.
+    num_tokens, seq_length
+        New tokens and KV length of the sequence.
+
+    Returns
+    -------
+    float
+        Higher is better; -999999999.0 if there are more reductions than processors.
+    """

@@ -1,0 +1,96 @@
+"""Cost models of the GPUs, and the floor that no kernel can be faster than."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ._scheduler import CostModel
+from .errors import MlaDecodeError
+from .words import LATENT_DIM, ROPE_DIM
+
+__all__ = ["CostModel", "device_slug", "floor_us", "load", "traffic_bytes", "work_flop"]
+
+_HERE = Path(__file__).resolve().parent
+_DIRECTORIES = (_HERE / "cost_models", _HERE.parents[1] / "scheduler" / "cost_models")
+_ENVIRONMENT = "MLA_DECODE_COST_MODEL"
+
+# Measured on an H200 with a grid that does nothing but stream bytes into shared memory, launch
+# included, and with large bf16 matrix products of random data.
+FLOOR_LAUNCH_US = 1.6
+FLOOR_BYTES_PER_US = 4.6e6
+FLOOR_FLOP_PER_US = 790e6
+
+
+def load(device_name: str | None = None) -> CostModel:
+    """Load the cost model fitted on a GPU.
+
+    Parameters
+    ----------
+    device_name : str or None
+        As `torch.cuda.get_device_name` says it. Names are compared without case and
+        punctuation; the file whose name is the longest beginning of it wins, then
+        ``default.json``, then the scheduler's built-in constants. The file that the
+        environment variable ``MLA_DECODE_COST_MODEL`` names wins over all.
+
+    Returns
+    -------
+    CostModel
+        Constants in microseconds.
+    """
+    path = _find(device_name)
+    if path is None:
+        return CostModel()
+    try:
+        return _read(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise MlaDecodeError(f"cost model {path}: expected a JSON cost model: {error}") from error
+
+
+@lru_cache(maxsize=32)
+def _read(path: Path, mtime_ns: int) -> CostModel:
+    del mtime_ns  # part of the key: a file that changed is read again
+    document = json.loads(path.read_text(encoding="utf-8"))
+    constants = document.get("cost", document)
+    return CostModel.from_dict({name: float(us) for name, us in constants.items()})
+
+
+def device_slug(device_name: str) -> str:
+    """File name of a device: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
+
+
+def traffic_bytes(seq_lens: Sequence[int], num_heads: int, new_tokens: int) -> int:
+    """Bytes that must move at least: the cache, Q and O, each once, in bf16."""
+    rows = len(seq_lens) * new_tokens * num_heads
+    width = LATENT_DIM + ROPE_DIM
+    return 2 * (width * sum(seq_lens) + rows * (width + LATENT_DIM))
+
+
+def work_flop(seq_lens: Sequence[int], num_heads: int, new_tokens: int) -> int:
+    """Floating point operations of Q @ K and P @ V, the causal mask ignored."""
+    return 2 * new_tokens * num_heads * (2 * LATENT_DIM + ROPE_DIM) * sum(seq_lens)
+
+
+def floor_us(seq_lens: Sequence[int], num_heads: int, new_tokens: int) -> float:
+    """Microseconds below which no kernel that reads the cache can come on an H200.
+
+    The larger of ``1.6 + bytes / 4.6e6`` and ``flop / 790e6``.
+    """
+    memory = FLOOR_LAUNCH_US + traffic_bytes(seq_lens, num_heads, new_tokens) / FLOOR_BYTES_PER_US
+    compute = work_flop(seq_lens, num_heads, new_tokens) / FLOOR_FLOP_PER_US
+    return max(memory, compute)
+
+
+def _find(device_name: str | None) -> Path | None:
+    override = os.environ.get(_ENVIRONMENT)
+    if override:
+        return Path(override)
+    models = {p.stem: p for directory in reversed(_DIRECTORIES) for p in directory.glob("*.json")}
+    slug = device_slug(device_name or "default")
+    fits = [stem for stem in models if slug == stem or slug.startswith(stem + "-")]
+    return models[max(fits, key=len)] if fits else models.get("default")

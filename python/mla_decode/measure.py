@@ -1,0 +1,99 @@
+"""Times of decode calls on a GPU, by replaying a CUDA graph."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from .decoding import decode
+from .native import synchronize
+from .planning import Plan
+from .reference import Case
+from .words import TIMING_WORDS
+
+REPLAYS = 20
+_L2_FACTOR = 4  # the caches that a graph rotates over hold this many times the L2
+_MAX_COPIES = 8
+
+
+def replay_us(calls: list[Callable[[], object]], replays: int = REPLAYS) -> float:
+    """Median microseconds per call of a CUDA graph that holds ``calls`` in order."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:  # allocations and copies happen outside the capture
+            call()
+    synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    times = []
+    for number in range(replays + 3):
+        start, end = _event(), _event()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if number >= 3:
+            times.append(float(start.elapsed_time(end)) * 1e3 / len(calls))
+    synchronize()
+    return statistics.median(times)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def decode_us(case: Case, plan: Plan, replays: int = REPLAYS) -> float:
+    """Microseconds per decode call, its cache read from memory and not from L2."""
+    properties = torch.cuda.get_device_properties(case.q.device)
+    kv = case.kv_cache if isinstance(case.kv_cache, torch.Tensor) else case.kv_cache[0]
+    l2_bytes = int(properties.L2_cache_size)
+    copies = _L2_FACTOR * l2_bytes // (kv.numel() * kv.element_size()) + 1
+    copies = min(max(copies, 2), _MAX_COPIES)
+    out, lse = case.poisoned_outputs()
+
+    def call_on(cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:
+        return lambda: decode(
+            case.q,
+            cache,
+            case.block_table,
+            case.seq_lens,
+            plan=plan,
+            softmax_scale=case.softmax_scale,
+            out=out,
+            lse=lse,
+        )
+
+    caches = [case.kv_cache] + [_copy(case.kv_cache) for _ in range(copies - 1)]
+    return replay_us([call_on(cache) for cache in caches], replays)
+
+
+def timing_records(case: Case, plan: Plan) -> torch.Tensor:
+    """Timing records ``[n, 8]`` of one warm launch (of the interpreter on the CPU)."""
+    timings = torch.zeros(
+        plan.num_instructions, TIMING_WORDS, dtype=torch.int32, device=case.q.device
+    )
+    for _ in range(3 if case.q.is_cuda else 1):
+        decode(
+            case.q,
+            case.kv_cache,
+            case.block_table,
+            case.seq_lens,
+            plan=plan,
+            softmax_scale=case.softmax_scale,
+            timings=timings,
+        )
+    synchronize(case.q.device)
+    return timings
+
+
+def _copy(
+    cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    return (
+        cache.clone() if isinstance(cache, torch.Tensor) else (cache[0].clone(), cache[1].clone())
+    )

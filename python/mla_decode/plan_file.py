@@ -1,0 +1,164 @@
+"""Plans on disk: JSON for people, npz for size. No pickle in either.
+
+Both hold the same header (format name, queue version, sizes) and arrays, and a sha256 over
+all that decides what the queue computes: sizes, lengths and words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import QueueError, QueueVersionError
+from .words import INSTRUCTION_WORDS, QUEUE_VERSION, Words
+
+FORMAT = "mla_decode.plan"
+
+_ARRAYS = {
+    "seq_lens": np.int32,
+    "instructions": np.int32,
+    "worker": np.int32,
+    "start_us": np.float32,
+    "end_us": np.float32,
+}
+_INTEGERS = ("num_heads", "new_tokens", "num_workers", "split_tiles", "num_slots")
+
+
+@dataclass(frozen=True)
+class PlanDocument:
+    """What a file holds; fields as in `mla_decode.Plan`."""
+
+    seq_lens: npt.NDArray[np.int32]
+    num_heads: int
+    new_tokens: int
+    num_workers: int
+    policy: str
+    split_tiles: int
+    instructions: Words
+    num_slots: int
+    predicted_us: float
+    worker: npt.NDArray[np.int32]
+    start_us: npt.NDArray[np.float32]
+    end_us: npt.NDArray[np.float32]
+
+    def sha256(self) -> str:
+        """Digest over the sizes, the lengths and the words."""
+        sizes = [self.num_heads, self.new_tokens, self.num_slots, QUEUE_VERSION]
+        digest = hashlib.sha256(np.asarray(sizes, dtype="<i8").tobytes())
+        digest.update(self.seq_lens.astype("<i4").tobytes())
+        digest.update(self.instructions.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+def write(path: Path, document: PlanDocument) -> None:
+    """Write ``document``; npz if the name ends so, JSON otherwise."""
+    header: dict[str, Any] = {
+        "format": FORMAT,
+        "queue_version": QUEUE_VERSION,
+        "instruction_words": INSTRUCTION_WORDS,
+        "sha256": document.sha256(),
+        "policy": document.policy,
+        "predicted_us": document.predicted_us,
+    }
+    header.update({name: getattr(document, name) for name in _INTEGERS})
+    arrays = {name: getattr(document, name) for name in _ARRAYS}
+    if path.suffix == ".npz":
+        text = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
+        np.savez_compressed(path, header=text, **arrays)
+        return
+    lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in header.items()]
+    lines += [f"  {json.dumps(name)}: {_json_rows(array)}" for name, array in arrays.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def read(path: Path) -> PlanDocument:
+    """Read what `write` wrote.
+
+    Raises
+    ------
+    QueueVersionError, QueueError
+        Other version; or no plan, truncated, mutated.
+    """
+    header, arrays = _read_npz(path) if path.suffix == ".npz" else _read_json(path)
+    if header.get("format") != FORMAT:
+        raise QueueError(f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}")
+    version = header.get("queue_version")
+    if version != QUEUE_VERSION or header.get("instruction_words") != INSTRUCTION_WORDS:
+        raise QueueVersionError(
+            f"{path}: expected queue version {QUEUE_VERSION} of {INSTRUCTION_WORDS} words, got "
+            f"version {version} of {header.get('instruction_words')} words; plan again"
+        )
+    document = _document(path, header, arrays)
+    if document.sha256() != header.get("sha256"):
+        raise QueueError(
+            f"{path}: mutated: expected sha256 {header.get('sha256')}, the words give "
+            f"{document.sha256()}"
+        )
+    return document
+
+
+def _document(path: Path, header: dict[str, Any], arrays: dict[str, Any]) -> PlanDocument:
+    fields: dict[str, Any] = {}
+    try:
+        for name in _INTEGERS:
+            fields[name] = int(header[name])
+        fields["policy"] = str(header["policy"])
+        fields["predicted_us"] = float(header["predicted_us"])
+        for name, dtype in _ARRAYS.items():
+            fields[name] = np.ascontiguousarray(np.asarray(arrays[name], dtype=dtype))
+    except KeyError as error:
+        raise QueueError(f"{path}: truncated: expected the entry {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise QueueError(f"{path}: malformed: {error}") from None
+    words = fields["instructions"]
+    if words.ndim != 2 or words.shape[1] != INSTRUCTION_WORDS:
+        raise QueueError(
+            f"{path}: instructions: expected shape [n, {INSTRUCTION_WORDS}], got "
+            f"{list(words.shape)}"
+        )
+    for name in ("worker", "start_us", "end_us"):
+        if fields[name].shape != words.shape[:1]:
+            raise QueueError(
+                f"{path}: {name}: expected {words.shape[0]} entries, got {list(fields[name].shape)}"
+            )
+    return PlanDocument(**fields)
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QueueError(f"{path}: truncated or no JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise QueueError(f"{path}: expected a JSON object, got {type(document).__name__}")
+    return document, document
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+        header = json.loads(bytes(arrays.pop("header")).decode())
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise QueueError(f"{path}: truncated or no npz: {error}") from None
+    except KeyError as error:
+        raise QueueError(f"{path}: truncated: expected the entry {error}") from None
+    if not isinstance(header, dict):
+        raise QueueError(f"{path}: expected a header object, got {type(header).__name__}")
+    return header, arrays
+
+
+def _json_rows(array: npt.NDArray[Any]) -> str:
+    if array.ndim == 1:
+        values = [round(float(x), 4) for x in array] if array.dtype.kind == "f" else array.tolist()
+        return json.dumps(values)
+    return "[\n    " + ",\n    ".join(json.dumps(row) for row in array.tolist()) + "\n  ]"

@@ -1,0 +1,133 @@
+"""Scratch, flags and queue state of the launches on one stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+from .errors import DeviceError, UnsupportedError
+from .words import LATENT_DIM, QUEUE_STATE_WORDS
+
+
+@dataclass(frozen=True)
+class WorkspaceViews:
+    """A workspace seen with the sizes of one launch."""
+
+    queue_state: torch.Tensor  # [32] int32
+    o_scratch: torch.Tensor  # [slots, s_q, H, 512] fp32
+    lvec_scratch: torch.Tensor  # [slots, s_q, H] fp32
+    completion_flag: torch.Tensor  # [slots, s_q] int32
+
+
+def workspace_bytes(num_slots: int, new_tokens: int, num_heads: int) -> int:
+    """Bytes of device memory that a workspace of these sizes takes."""
+    rows = num_slots * new_tokens * num_heads
+    return 4 * (rows * (LATENT_DIM + 1) + num_slots * new_tokens + QUEUE_STATE_WORDS)
+
+
+class Workspace:
+    """Memory that launches on one stream share: scratch partials, flags, queue state.
+
+    Launches that may overlap (two streams) need two workspaces. It grows on demand and
+    keeps what it outgrew, because a captured CUDA graph may still write there; nothing of
+    it needs a reset between launches.
+
+    Parameters
+    ----------
+    device : device
+        Where to allocate.
+    num_slots, new_tokens, num_heads : int
+        Sizes to allocate at once; a plan's ``num_slots``, ``new_tokens``, ``num_heads``.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        num_slots: int = 0,
+        new_tokens: int = 1,
+        num_heads: int = 8,
+    ) -> None:
+        for name, value in (
+            ("num_slots", num_slots),
+            ("new_tokens", new_tokens),
+            ("num_heads", num_heads),
+        ):
+            checks.require_int(name, value, 0, 1 << 31)
+        # An empty tensor resolves "cuda" to the current device.
+        self.device = torch.empty(0, device=device).device
+        self._refuse_capture()
+        self._queue_state = torch.zeros(QUEUE_STATE_WORDS, dtype=torch.int32, device=self.device)
+        self._o = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._lvec = torch.empty(0, dtype=torch.float32, device=self.device)
+        self._flags = torch.empty(0, dtype=torch.int32, device=self.device)
+        self._outgrown: list[torch.Tensor] = []
+        self.views(num_slots, new_tokens, num_heads)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, outgrown buffers included."""
+        held = [self._queue_state, self._o, self._lvec, self._flags, *self._outgrown]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def views(self, num_slots: int, new_tokens: int, num_heads: int) -> WorkspaceViews:
+        """Tensors of the given sizes, growing the buffers where they are too small."""
+        rows = num_slots * new_tokens * num_heads
+        self._o = self._grown(self._o, rows * LATENT_DIM)
+        self._lvec = self._grown(self._lvec, rows)
+        self._flags = self._grown(self._flags, num_slots * new_tokens, zero=True)
+        return WorkspaceViews(
+            self._queue_state,
+            self._o[: rows * LATENT_DIM].view(num_slots, new_tokens, num_heads, LATENT_DIM),
+            self._lvec[:rows].view(num_slots, new_tokens, num_heads),
+            # Flags of an earlier layout are harmless: they are of an earlier epoch.
+            self._flags[: num_slots * new_tokens].view(num_slots, new_tokens),
+        )
+
+    def poison(self) -> None:
+        """Fill the scratch with NaN, so that a value read before it is written shows."""
+        self._o.fill_(float("nan"))
+        self._lvec.fill_(float("nan"))
+
+    def require_device(self, device: torch.device) -> None:
+        """Check that the workspace lies where the tensors do."""
+        if self.device != device:
+            raise DeviceError(f"workspace: expected device {device}, got {self.device}")
+
+    def _grown(self, buffer: torch.Tensor, numel: int, *, zero: bool = False) -> torch.Tensor:
+        if buffer.numel() >= numel:
+            return buffer
+        self._refuse_capture()
+        if buffer.numel():
+            self._outgrown.append(buffer)
+        size = max(numel, 2 * buffer.numel())  # doubling bounds what is outgrown by what is used
+        make = torch.zeros if zero else torch.empty
+        grown = make(size, dtype=buffer.dtype, device=buffer.device)
+        if zero and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # zeroed for every stream
+        return grown
+
+    def _refuse_capture(self) -> None:
+        # Captured, the zero fill would be replayed and take the epoch back with it.
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UnsupportedError(
+                "workspace: cannot grow while a CUDA graph is captured; call once before, or "
+                "pass a Workspace of the plan's sizes"
+            )
+
+
+_cached: dict[tuple[torch.device, int], Workspace] = {}
+
+
+def cached_workspace(device: torch.device, stream: int) -> Workspace:
+    """The workspace that `mla_decode.decode` uses on a stream when given none."""
+    key = (device, stream)
+    if key not in _cached:
+        _cached[key] = Workspace(device)
+    return _cached[key]
+
+
+def release_workspaces() -> None:
+    """Forget the cached workspaces. No captured graph that used one may be replayed after."""
+    _cached.clear()

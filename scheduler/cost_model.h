@@ -1,0 +1,88 @@
+// How long things take on one GPU. Every constant is in microseconds and has a
+// name; cost_models/<device>.json holds the fitted values, tools/fit_cost_model.py
+// fits them.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace mla {
+
+struct CostModel {
+    // From the start of the kernel's slot in the stream until its CTAs hold instructions.
+    double launch_us = 2.0;
+
+    // Fetching and decoding one instruction when nothing hides it. It is all that a
+    // no-op costs, and it is inside the fixed costs of the other opcodes.
+    double instruction_us = 0.3;
+
+    // What a partial costs before its tiles stream: Q, the first TMA round trip; and
+    // the end of the epilogue. The first instruction of an SM pays all of it; a later one
+    // loads while its predecessor's epilogue drains.
+    double partial_fixed_us = 4.0;
+    double partial_next_us = 2.0;
+    // One KiB of result stored, after the last tile. A row has 2 KiB in scratch (fp32),
+    // 1 KiB in the output (bf16).
+    double partial_store_kib_us = 0.006;
+
+    // One 64-token KV tile (73,728 bytes): the time that the memory system needs when
+    // it does nothing else. SMs that stream at once share it.
+    double partial_tile_us = 0.01603;  // 73,728 B at 4.6 TB/s
+    // The least time between two tiles of one SM, whatever the others do: a
+    // 64-row tile of MMA and softmax. Fewer rows are padded to 64.
+    double partial_tile_compute_us = 1.45;
+
+    // What a reduction costs besides its bytes, from its last flag seen to its result
+    // stored; and the same when it follows another instruction and need not wait.
+    double reduction_fixed_us = 2.0;
+    double reduction_next_us = 1.2;
+    // One KiB of fp32 input read by one SM, mostly from L2.
+    double reduction_kib_us = 0.016;
+
+    // From the end of an instruction until an SM that waits for its flag has seen it.
+    double dependency_us = 0.7;
+
+    // Time per tile of one SM while `num_streams` SMs stream and `kv_sharing` of them
+    // (row groups of one request) read the same tile.
+    double tile_us(int num_streams, int kv_sharing) const {
+        return std::max(partial_tile_compute_us, partial_tile_us * num_streams / kv_sharing);
+    }
+};
+
+struct CostField {
+    const char* name;
+    double CostModel::* value;
+};
+
+// The one list of field names, for bindings and data files.
+inline constexpr CostField kCostFields[] = {
+    {"launch_us", &CostModel::launch_us},
+    {"instruction_us", &CostModel::instruction_us},
+    {"partial_fixed_us", &CostModel::partial_fixed_us},
+    {"partial_next_us", &CostModel::partial_next_us},
+    {"partial_store_kib_us", &CostModel::partial_store_kib_us},
+    {"partial_tile_us", &CostModel::partial_tile_us},
+    {"partial_tile_compute_us", &CostModel::partial_tile_compute_us},
+    {"reduction_fixed_us", &CostModel::reduction_fixed_us},
+    {"reduction_next_us", &CostModel::reduction_next_us},
+    {"reduction_kib_us", &CostModel::reduction_kib_us},
+    {"dependency_us", &CostModel::dependency_us},
+};
+
+// Throws std::invalid_argument unless every time is finite and >= 0, and a tile takes time.
+inline void check_cost_model(const CostModel& cost) {
+    for (const CostField& field : kCostFields) {
+        const double value = cost.*field.value;
+        if (std::isfinite(value) && value >= 0.0) continue;
+        throw std::invalid_argument(std::string(field.name) +
+                                    ": expected a finite time of at least 0 us, got " +
+                                    std::to_string(value));
+    }
+    if (cost.partial_tile_compute_us <= 0.0) {
+        throw std::invalid_argument("partial_tile_compute_us: expected more than 0 us, got 0");
+    }
+}
+
+}  // namespace mla

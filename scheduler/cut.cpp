@@ -1,0 +1,308 @@
+#include "scheduler/cut.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace mla {
+
+namespace {
+
+constexpr int kBisections = 20;  // of a finish time; leaves less than a tile
+
+// One merge as the finish of a plan sees it: the flag, the reduction, some bytes.
+double merge_us(const CostModel& cost) {
+    constexpr double kTypicalInputKib = 32;
+    return cost.dependency_us + cost.reduction_fixed_us + cost.reduction_kib_us * kTypicalInputKib;
+}
+
+int32_t num_tiles(const Piece& piece) { return piece.end_tile - piece.begin_tile; }
+
+// Long pieces first keeps the tail short whoever takes them (LPT). Stable: the pieces of
+// one request stay together.
+void start_longest_first(Cut& cut) {
+    cut.start_order.resize(cut.pieces.size());
+    std::iota(cut.start_order.begin(), cut.start_order.end(), 0);
+    std::stable_sort(cut.start_order.begin(), cut.start_order.end(), [&cut](int32_t a, int32_t b) {
+        return num_tiles(cut.pieces[a]) > num_tiles(cut.pieces[b]);
+    });
+}
+
+// Cuts `tiles` tiles into `count` pieces. The last count - num_early ones are longer
+// by about `bonus_tiles`, because they may end later.
+void append_pieces(Cut& cut, int request, int tiles, int count, int num_early, double bonus_tiles) {
+    double length = (tiles - (count - num_early) * bonus_tiles) / count;
+    if (num_early == 0 || length < 1.0) {
+        length = static_cast<double>(tiles) / count;
+        bonus_tiles = 0.0;
+    }
+    int32_t begin = 0;
+    for (int piece = 1; piece <= count; ++piece) {
+        const double exact = piece * length + std::max(0, piece - num_early) * bonus_tiles;
+        // The small term keeps an exact integer from being rounded down.
+        const auto end = piece == count ? tiles : static_cast<int32_t>(exact + 1e-6);
+        cut.pieces.push_back({request, begin, end});
+        begin = end;
+    }
+}
+
+// How many equal pieces a request needs to end by a deadline.
+class PieceCounter {
+  public:
+    PieceCounter(const CostModel& cost, double tile_us, TreeShape shape)
+        : fixed_us_(cost.launch_us + cost.partial_fixed_us),
+          tile_us_(tile_us),
+          merge_us_(merge_us(cost)),
+          shape_(shape) {}
+
+    // 0: impossible.
+    int count(int tiles, double deadline_us) const {
+        if (fixed_us_ + tiles * tile_us_ <= deadline_us) return 1;
+        // Tiles that a piece has time for if one merge follows it, or two.
+        const double late = (deadline_us - fixed_us_ - merge_us_) / tile_us_;
+        if (late < 1.0) return 0;
+        const double flat = std::ceil(tiles / late);
+        if (flat <= kMaxReductionInputs) return std::max(2, static_cast<int>(flat));
+        const double early = late - merge_us_ / tile_us_;
+        if (early < 1.0) return 0;
+        int count = kMaxReductionInputs + 1;
+        if (shape_ == TreeShape::kLevels) {
+            count = std::max(count, static_cast<int>(std::ceil(tiles / early)));
+        } else {
+            const double direct = kMaxReductionInputs * (late - early);
+            count = std::max(count, static_cast<int>(std::max(0.0, tiles - direct) / early));
+            while (num_early_leaves(count) * early + (count - num_early_leaves(count)) * late <
+                   tiles) {
+                ++count;
+            }
+        }
+        return count <= tiles ? count : 0;
+    }
+
+    double bonus_tiles() const { return merge_us_ / tile_us_; }
+
+    double upper_bound_us(int tiles) const { return fixed_us_ + tiles * tile_us_; }
+
+  private:
+    double fixed_us_;
+    double tile_us_;
+    double merge_us_;
+    TreeShape shape_;
+};
+
+// Walks the line of all requests and hands out tiles to one gang after the other.
+class LineCutter {
+  public:
+    LineCutter(const Problem& problem,
+               const CostModel& cost,
+               int num_gangs,
+               int min_tiles,
+               LineOrder line_order)
+        : problem_(problem),
+          cost_(cost),
+          num_gangs_(num_gangs),
+          min_tiles_(min_tiles),
+          tile_us_(cost.tile_us(num_gangs * problem.row_groups(), problem.row_groups())),
+          line_(problem.num_requests()) {
+        std::iota(line_.begin(), line_.end(), 0);
+        if (line_order == LineOrder::kLongestFirst) {
+            std::stable_sort(line_.begin(), line_.end(), [&problem](int32_t a, int32_t b) {
+                return problem.seq_lens[a] > problem.seq_lens[b];
+            });
+        }
+    }
+
+    struct GangPiece {
+        Piece piece;
+        int32_t gang;
+        bool whole;  // of its request: no reduction waits for it
+    };
+
+    std::vector<GangPiece> cut() {
+        double total_us = tile_us_;  // against rounding
+        for (int request = 0; request < problem_.num_requests(); ++request) {
+            total_us += std::max(cost_.partial_fixed_us, cost_.partial_next_us) +
+                        problem_.num_tiles(request) * tile_us_;
+        }
+        double infeasible_us = 0.0;
+        double feasible_us = total_us;  // one gang could do it all
+        for (int i = 0; i < kBisections; ++i) {
+            const double middle_us = (infeasible_us + feasible_us) / 2;
+            (walk(middle_us, [](const GangPiece&) {}) ? feasible_us : infeasible_us) = middle_us;
+        }
+        std::vector<GangPiece> pieces;
+        // Times that differ by more than a double's precision can defeat even one gang.
+        if (!walk(feasible_us, [&pieces](const GangPiece& piece) { pieces.push_back(piece); })) {
+            pieces.clear();
+        }
+        return pieces;
+    }
+
+    double tile_us() const { return tile_us_; }
+
+  private:
+    template <class Emit>
+    bool walk(double capacity_us, Emit&& emit) const {
+        int32_t gang = 0;
+        double used_us = 0.0;
+        for (const int32_t request : line_) {
+            const int32_t tiles = problem_.num_tiles(request);
+            int32_t begin = 0;
+            while (begin < tiles) {
+                if (gang == num_gangs_) return false;
+                const double fixed_us =
+                    used_us == 0.0 ? cost_.partial_fixed_us : cost_.partial_next_us;
+                const double room = (capacity_us - used_us - fixed_us) / tile_us_;
+                const int32_t left = tiles - begin;
+                if (room >= left) {
+                    emit(GangPiece{{request, begin, tiles}, gang, begin == 0});
+                    used_us += fixed_us + left * tile_us_;
+                    break;
+                }
+                const int32_t taken =
+                    std::min(static_cast<int32_t>(std::max(0.0, room)), left - min_tiles_);
+                if (taken >= min_tiles_) {
+                    emit(GangPiece{{request, begin, begin + taken}, gang, false});
+                    begin += taken;
+                } else if (used_us == 0.0) {
+                    return false;  // not even an empty gang has room
+                }
+                ++gang;
+                used_us = 0.0;
+            }
+        }
+        return true;
+    }
+
+    const Problem& problem_;
+    const CostModel& cost_;
+    const int num_gangs_;
+    const int min_tiles_;
+    const double tile_us_;
+    std::vector<int32_t> line_;
+};
+
+}  // namespace
+
+Cut cut_into(const Problem& problem, const std::vector<int32_t>& counts) {
+    Cut cut;
+    cut.first_piece.push_back(0);
+    for (int request = 0; request < problem.num_requests(); ++request) {
+        append_pieces(cut, request, problem.num_tiles(request), counts[request], 0, 0.0);
+        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
+    }
+    start_longest_first(cut);
+    return cut;
+}
+
+Cut cut_unsplit(const Problem& problem) {
+    return cut_into(problem, std::vector<int32_t>(problem.num_requests(), 1));
+}
+
+Cut cut_fixed(const Problem& problem, int split_tiles) {
+    Cut cut;
+    cut.first_piece.push_back(0);
+    for (int request = 0; request < problem.num_requests(); ++request) {
+        const int tiles = problem.num_tiles(request);
+        for (int begin = 0; begin < tiles;) {
+            const int end = tiles - begin > split_tiles ? begin + split_tiles : tiles;
+            cut.pieces.push_back({request, begin, end});
+            begin = end;
+        }
+        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
+    }
+    start_longest_first(cut);
+    return cut;
+}
+
+Cut cut_even(const Problem& problem, const CostModel& cost, int max_pieces, TreeShape shape) {
+    const int row_groups = problem.row_groups();
+    const double tile_us = cost.tile_us(max_pieces * row_groups, row_groups);
+    const PieceCounter counter(cost, tile_us, shape);
+
+    std::vector<int32_t> counts(problem.num_requests());
+    const auto fits = [&](double deadline_us) {
+        int64_t total = 0;
+        for (int request = 0; request < problem.num_requests(); ++request) {
+            counts[request] = counter.count(problem.num_tiles(request), deadline_us);
+            if (counts[request] == 0) return false;
+            total += counts[request];
+        }
+        return total <= max_pieces;
+    };
+    int longest = 0;
+    for (int request = 0; request < problem.num_requests(); ++request) {
+        longest = std::max(longest, problem.num_tiles(request));
+    }
+    double infeasible_us = 0.0;
+    double feasible_us = counter.upper_bound_us(longest);
+    for (int i = 0; i < kBisections; ++i) {
+        const double middle_us = (infeasible_us + feasible_us) / 2;
+        (fits(middle_us) ? feasible_us : infeasible_us) = middle_us;
+    }
+    fits(feasible_us);
+
+    Cut cut;
+    cut.shape = shape;
+    cut.first_piece.push_back(0);
+    for (int request = 0; request < problem.num_requests(); ++request) {
+        const int count = counts[request];
+        const int num_early = shape == TreeShape::kStaggered ? num_early_leaves(count) : 0;
+        append_pieces(cut,
+                      request,
+                      problem.num_tiles(request),
+                      count,
+                      num_early == count ? 0 : num_early,
+                      counter.bonus_tiles());
+        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
+    }
+    start_longest_first(cut);
+    return cut;
+}
+
+Cut cut_line(const Problem& problem,
+             const CostModel& cost,
+             int num_gangs,
+             int min_tiles,
+             LineOrder line_order) {
+    LineCutter cutter(problem, cost, num_gangs, min_tiles, line_order);
+    auto line = cutter.cut();
+
+    // A gang runs pieces that somebody waits for before whole requests, so that their
+    // reductions overlap with the rest of the work.
+    std::stable_sort(line.begin(), line.end(), [](const auto& a, const auto& b) {
+        return a.gang != b.gang ? a.gang < b.gang : a.whole < b.whole;
+    });
+    std::vector<double> start_us(line.size(), 0.0);
+    for (size_t i = 1; i < line.size(); ++i) {
+        if (line[i].gang != line[i - 1].gang) continue;
+        start_us[i] = start_us[i - 1] + cost.partial_next_us +
+                      num_tiles(line[i - 1].piece) * cutter.tile_us();
+    }
+
+    std::vector<int32_t> by_position(line.size());
+    std::iota(by_position.begin(), by_position.end(), 0);
+    std::sort(by_position.begin(), by_position.end(), [&line](int32_t a, int32_t b) {
+        const Piece& left = line[a].piece;
+        const Piece& right = line[b].piece;
+        return left.request != right.request ? left.request < right.request
+                                             : left.begin_tile < right.begin_tile;
+    });
+
+    Cut cut;
+    cut.first_piece.assign(problem.num_requests() + 1, 0);
+    for (const int32_t i : by_position) {
+        cut.pieces.push_back(line[i].piece);
+        ++cut.first_piece[line[i].piece.request + 1];
+    }
+    std::partial_sum(cut.first_piece.begin(), cut.first_piece.end(), cut.first_piece.begin());
+
+    cut.start_order.resize(line.size());
+    std::iota(cut.start_order.begin(), cut.start_order.end(), 0);
+    std::stable_sort(cut.start_order.begin(), cut.start_order.end(), [&](int32_t a, int32_t b) {
+        return start_us[by_position[a]] < start_us[by_position[b]];
+    });
+    return cut;
+}
+
+}  // namespace mla

@@ -1,0 +1,35 @@
+// What one task costs, by the constants of the cost model.
+#pragma once
+
+#include "scheduler/cost_model.h"
+#include "scheduler/task_graph.h"
+
+namespace mla {
+
+inline constexpr double kBytesPerKib = 1024;
+
+inline double num_kv_tiles(const Task& partial) {
+    const int64_t tokens = int64_t{partial.end} - partial.start;
+    return tokens <= 0 ? 0.0 : static_cast<double>((tokens + kKvTile - 1) / kKvTile);
+}
+
+// Before the first tile. `follows`: its worker ran an instruction before.
+inline double partial_lead_us(bool follows, const CostModel& cost) {
+    return follows ? cost.partial_next_us : cost.partial_fixed_us;
+}
+
+// After the last tile.
+inline double partial_store_us(const Task& partial, const CostModel& cost) {
+    const double bytes_per_row = kLatentDim * (partial.to_output ? 2.0 : 4.0);
+    return cost.partial_store_kib_us * partial.num_rows * bytes_per_row / kBytesPerKib;
+}
+
+// Once its inputs are visible. `follows`: its worker ran an instruction before, and the
+// inputs were there already.
+inline double reduction_us(const Task& reduction, bool follows, const CostModel& cost) {
+    const double bytes = 4.0 * reduction.num_inputs * reduction.num_heads * reduction.num_cols;
+    return (follows ? cost.reduction_next_us : cost.reduction_fixed_us) +
+           cost.reduction_kib_us * bytes / kBytesPerKib;
+}
+
+}  // namespace mla

@@ -1,0 +1,534 @@
+"""The public API: plans and their files, decode's forms, workspaces, the floor."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import types
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import mla_decode
+import numpy as np
+import pytest
+import torch
+from mla_decode import cost, native, queue_check, raw
+from mla_decode.decoding import DEFAULT_SOFTMAX_SCALE
+from mla_decode.errors import (
+    MegakernelTimeout,
+    MlaDecodeError,
+    QueueError,
+    QueueVersionError,
+    ScheduleError,
+    UnsupportedError,
+)
+from mla_decode.planning import PlanCache
+from mla_decode.reference import Case, attention, compare, make_case
+from mla_decode.words import Noop, Partial, Reduction, decode_queue, decode_words
+
+from tests.support import Launch, pack, same_bits
+
+DEMO = [4641, 45118, 1730, 1696]
+PYTHON_PATH = str(Path(mla_decode.__file__).resolve().parents[1])
+
+
+@pytest.fixture
+def plan() -> mla_decode.Plan:
+    return mla_decode.plan([700, 1, 3000], 16, 2, num_workers=20)
+
+
+def decode(case: Case, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return mla_decode.decode(case.q, case.kv_cache, case.block_table, case.seq_lens, **options)
+
+
+# Words
+
+
+def test_words_survive_packing_and_unpacking() -> None:
+    queue = [
+        Noop(uid=3),
+        Partial(0, -1, 2, 64, 100, 130, row_begin=64, num_rows=32, q_seq=1, dst_seq=1),
+        Reduction(9, -5, 3, tuple(range(27)), 8, 16, 128, 384),
+        Reduction(10, 4, 0, (7,)),
+    ]
+    assert decode_queue(pack(*queue)) == queue
+
+
+def test_words_are_where_the_format_says() -> None:
+    partial = Partial(5, -3, 2, 64, 100, 130, row_begin=16, num_rows=32).pack()
+    assert partial[:12].tolist() == [1, 5, -3, 0, 2, 0, 64, 100, 130, 16, 32, 0]
+    merge = Reduction(6, 1, 3, (4, 5), 8, 16, 128, 256).pack()
+    packed = 1 | 8 << 8 | 16 << 16 | 2 << 24 | 4 << 27
+    assert merge[:8].tolist() == [2, 6, packed, 1, 3, 4, 5, 0]
+    assert decode_words([-1, *[0] * 31]) is None
+
+
+# Plans
+
+
+def test_plan_says_what_it_holds(plan: mla_decode.Plan) -> None:
+    plan.validate()
+    assert (plan.batch, plan.num_heads, plan.new_tokens, plan.num_workers) == (3, 16, 2, 20)
+    assert plan.instructions.dtype == np.int32
+    assert plan.instructions.shape == (plan.num_instructions, 32)
+    assert plan.predicted_us == pytest.approx(float(plan.end_us.max()))
+    assert f"{plan.num_instructions} instructions" in str(plan)
+    assert len(plan.table().splitlines()) == plan.num_instructions + 1
+    pieces = plan.partials_per_request()
+    assert pieces[1] == 1
+    assert pieces[2] > 1
+    assert plan.workspace_bytes == mla_decode.workspace_bytes(plan.num_slots, 2, 16)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.array([700, 1, 3000], np.int64),
+        torch.tensor([700, 1, 3000]),
+        torch.tensor([700, 1, 3000], dtype=torch.int32),
+        (700, 1, 3000),
+    ],
+    ids=("numpy", "int64", "int32", "tuple"),
+)
+def test_lengths_may_come_in_many_forms(lengths: object, plan: mla_decode.Plan) -> None:
+    other = mla_decode.plan(lengths, 16, 2, num_workers=20)
+    assert np.array_equal(other.instructions, plan.instructions)
+
+
+def test_constants_of_the_cost_model_change_the_prediction() -> None:
+    slow = mla_decode.CostModel(partial_tile_us=1.0)
+    assert mla_decode.plan(DEMO, 16, 4, cost_model=slow).predicted_us > 100
+    assert mla_decode.plan(DEMO, 16, 4).predicted_us < 100
+
+
+@pytest.mark.parametrize("name", ("plan.json", "plan.npz"))
+def test_saved_plan_loads_as_it_was(plan: mla_decode.Plan, tmp_path: Path, name: str) -> None:
+    plan.save(tmp_path / name)
+    loaded = mla_decode.Plan.load(tmp_path / name)
+    assert np.array_equal(loaded.instructions, plan.instructions)
+    assert loaded.seq_lens.tolist() == plan.seq_lens.tolist()
+    for field in ("num_heads", "new_tokens", "num_workers", "num_slots", "policy", "split_tiles"):
+        assert getattr(loaded, field) == getattr(plan, field)
+    assert loaded.predicted_us == pytest.approx(plan.predicted_us)
+    np.testing.assert_allclose(loaded.end_us, plan.end_us, atol=1e-3)
+    assert np.array_equal(loaded.worker, plan.worker)
+
+
+def test_saved_plan_is_plain_text_with_format_version_and_digest(
+    plan: mla_decode.Plan, tmp_path: Path
+) -> None:
+    plan.save(tmp_path / "plan.json")
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["format"] == "mla_decode.plan"
+    assert document["queue_version"] == 1
+    assert len(document["sha256"]) == 64
+    assert document["instructions"] == plan.instructions.tolist()
+
+
+def _edit(path: Path, **entries: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_plan_of_another_version_is_refused(plan: mla_decode.Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    _edit(path, queue_version=99)
+    with pytest.raises(QueueVersionError, match=r"expected queue version 1 .*got version 99"):
+        mla_decode.Plan.load(path)
+
+
+def test_mutated_plan_is_refused(plan: mla_decode.Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    words = plan.instructions.copy()
+    words[-1, -1] = 1  # no field of the last instruction
+    for name, value in (
+        ("instructions", words.tolist()),
+        ("seq_lens", [700, 2, 3000]),
+        ("num_slots", plan.num_slots + 1),
+        ("num_heads", 8),
+    ):
+        plan.save(path)
+        _edit(path, **{name: value})
+        with pytest.raises(QueueError, match="mutated: expected sha256"):
+            mla_decode.Plan.load(path)
+
+
+def test_plan_with_a_forged_digest_is_still_validated(
+    plan: mla_decode.Plan, tmp_path: Path
+) -> None:
+    words = plan.instructions.copy()
+    words[0, 7] -= 1  # one key less
+    forged = mla_decode.Plan(**{**_fields(plan), "instructions": words})
+    forged.save(tmp_path / "plan.npz")
+    with pytest.raises(ScheduleError, match="rule: "):
+        mla_decode.Plan.load(tmp_path / "plan.npz")
+    mla_decode.Plan.load(tmp_path / "plan.npz", validate=False)
+
+
+def _fields(plan: mla_decode.Plan) -> dict[str, object]:
+    return {k: v for k, v in vars(plan).items() if not k.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ("plan.json", "plan.npz"))
+def test_truncated_plan_is_refused(plan: mla_decode.Plan, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    plan.save(path)
+    whole = path.read_bytes()
+    for keep in (0, 1, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(QueueError, match=name):
+            mla_decode.Plan.load(path)
+
+
+@pytest.mark.parametrize("entry", ("instructions", "seq_lens", "worker", "policy", "num_slots"))
+def test_plan_without_an_entry_is_refused(
+    plan: mla_decode.Plan, tmp_path: Path, entry: str
+) -> None:
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    document = json.loads(path.read_text())
+    del document[entry]
+    path.write_text(json.dumps(document))
+    with pytest.raises(QueueError, match=f"expected the entry '{entry}'"):
+        mla_decode.Plan.load(path)
+
+
+@pytest.mark.parametrize("text", ("[]", "{}", '{"format": "other"}', "null"))
+def test_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(QueueError):
+        mla_decode.Plan.load(path)
+
+
+def test_npz_with_a_pickle_inside_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plan.npz"
+    np.savez(path, header=np.array([{"format": "mla_decode.plan"}], dtype=object))
+    with pytest.raises(QueueError):
+        mla_decode.Plan.load(path)
+
+
+def test_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+    for name in ("plan.json", "plan.npz"):
+        with pytest.raises(FileNotFoundError):
+            mla_decode.Plan.load(tmp_path / name)
+
+
+def test_npz_is_a_zip_without_object_arrays(plan: mla_decode.Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.npz")
+    names = zipfile.ZipFile(tmp_path / "plan.npz").namelist()
+    assert "header.npy" in names
+    assert "instructions.npy" in names
+
+
+def test_plans_keep_their_device_copy(plan: mla_decode.Plan) -> None:
+    assert plan.to("cpu") is plan.to(torch.device("cpu"))
+    assert plan.to("cpu").tolist() == plan.instructions.tolist()
+
+
+def test_plan_cache_returns_the_same_plan_and_forgets_the_oldest() -> None:
+    cache, cpu = PlanCache(capacity=2), torch.device("cpu")
+
+    def get(length: int) -> mla_decode.Plan:
+        return cache.get(np.array([length], np.int32), 16, 1, 8, cpu)
+
+    first = get(100)
+    assert get(100) is first
+    get(200)
+    get(300)
+    assert get(100) is not first
+
+
+def test_quality_is_reachable_by_its_name() -> None:
+    quality = mla_decode.__get_quality__
+    near, far = quality([0.0], 8, 1, 4096), quality([-5.0], 8, 1, 4096)
+    assert far < near < 0
+    assert quality([0.0, 0.0], 1, 1, 4096) < -1e8
+
+
+# Decode
+
+
+def test_all_forms_of_the_inputs_give_the_same() -> None:
+    case = make_case([130, 65], 8, 2, 128)
+    out, lse = decode(case)
+    assert compare(out, lse, *attention(case)).passed
+    q, kv = case.q, case.kv_cache
+    assert isinstance(kv, torch.Tensor)
+    q_pair = (q[..., :512].contiguous(), q[..., 512:].contiguous())
+    kv_pair = (kv[..., :512].contiguous(), kv[..., 512:].contiguous())
+    kv_pair_4d = (kv_pair[0].unsqueeze(2), kv_pair[1].unsqueeze(2))
+    padded = torch.zeros(kv.shape[0], 130, 576 + 64, dtype=kv.dtype)
+    padded[:, :128, :576] = kv
+    lengths = torch.tensor(case.seq_lens, dtype=torch.int32)
+    for other_q, other_kv in (
+        (q_pair, kv),
+        (q, kv.unsqueeze(2)),
+        (q_pair, kv_pair),
+        (q, kv_pair_4d),
+        (q, padded[:, :128, :576]),
+        (q.repeat(1, 1, 1, 2)[..., :576], kv),
+    ):
+        again = mla_decode.decode(other_q, other_kv, case.block_table, lengths)
+        assert same_bits(again[0], out)
+        assert same_bits(again[1], lse)
+
+
+def test_default_softmax_scale_is_of_the_full_width() -> None:
+    case = make_case([130], 8)
+    assert DEFAULT_SOFTMAX_SCALE == 576**-0.5
+    implicit, explicit = decode(case), decode(case, softmax_scale=576**-0.5)
+    assert same_bits(implicit[0], explicit[0])
+    assert not same_bits(implicit[1], decode(case, softmax_scale=192**-0.5)[1])
+
+
+def test_outputs_go_where_they_are_asked_to() -> None:
+    case = make_case([130, 7], 8, 2)
+    out, _ = case.poisoned_outputs()
+    transposed = torch.full((2, 2, 8), torch.nan).transpose(1, 2)  # lse with strides of its own
+    result = decode(case, out=out, lse=transposed)
+    assert result[0] is out
+    assert result[1] is transposed
+    assert compare(out, transposed, *attention(case)).passed
+    fresh_out, fresh_lse = decode(case)
+    assert fresh_out.shape == (2, 2, 8, 512)
+    assert fresh_lse.shape == (2, 8, 2)
+    assert (fresh_out.dtype, fresh_lse.dtype) == (torch.bfloat16, torch.float32)
+    assert same_bits(fresh_lse, transposed.contiguous())
+
+
+def test_not_causal_is_allowed_with_one_new_token() -> None:
+    case = make_case([130], 8, 1)
+    assert same_bits(decode(case)[0], decode(case, causal=False)[0])
+
+
+def test_calls_without_a_plan_use_the_one_they_would_make(plan: mla_decode.Plan) -> None:
+    case = make_case([700, 1, 3000], 16, 2)
+    own = mla_decode.plan(case.seq_lens, 16, 2)
+    assert same_bits(decode(case)[0], decode(case, plan=own)[0])
+
+
+def test_wild_ids_past_a_request_pass_the_block_table_check() -> None:
+    decode(make_case([130, 64], 8), check_block_table=True)
+
+
+def test_eight_heads_launch_equals_the_general_one() -> None:
+    case = make_case([700, 64], 8, 2)
+    made = mla_decode.plan([700, 64], 8, 2)
+    general, eight = Launch.of_plan(case, made), Launch.of_plan(case, made)
+    general.run()
+    mla_decode.mla_decode_8_heads(**eight.tensors)
+    assert same_bits(general.o, eight.o)
+    assert same_bits(general.lse, eight.lse)
+
+
+def test_raw_launch_takes_its_arguments_in_the_original_order() -> None:
+    case = make_case([700], 16, 1)
+    launch = Launch.of_plan(case, mla_decode.plan([700], 16))
+    values = dict(launch.tensors)
+    lse, o = values.pop("lse"), values["o"]
+    lse.zero_()
+    mla_decode.mla_decode(*values.values())  # neither lse nor stream
+    assert bool((lse == 0).all())
+    assert compare(o, decode(case)[1], *attention(case)).passed
+
+
+# The way to the kernel, as far as it goes without a GPU
+
+
+def test_references_replace_strides_that_mean_nothing() -> None:
+    cache = torch.zeros(1, 64, 576, dtype=torch.bfloat16)
+    latent = cache[..., :512].as_strided((1, 64, 512), (7, 576, 1))
+    assert native.tensor_ref(latent) == (cache.data_ptr(), [1, 64, 512], [64 * 576, 576, 1])
+    q = torch.zeros(2, 1, 8, 512).as_strided((2, 1, 8, 512), (4096, 3, 512, 1))
+    assert native.tensor_ref(q)[2] == [4096, 4096, 512, 1]
+
+
+def test_launch_hands_every_tensor_to_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+    stub = Path(native.__file__).with_name("_kernels.pyi").read_text()
+    names = re.findall(r"^    (\w+): ", stub[stub.index("def mla_decode(") :], re.MULTILINE)
+    fake = types.SimpleNamespace(
+        mla_decode=lambda *values: seen.update(zip(names, values, strict=True))
+    )
+    monkeypatch.setattr(native, "_kernels", fake, raising=False)
+    launch = Launch.of_plan(make_case([700], 8), mla_decode.plan([700], 8))
+    native.launch(launch.arguments(), 11, 12, 13, 14)
+    tensors = {**launch.tensors, "queue_state": launch.global_instruction_index}
+    for name in [*names[:12], "lse"]:
+        assert seen[name] == native.tensor_ref(tensors[name]), name
+    assert seen["softmax_scale"] == launch.softmax_scale
+    assert (seen["stream"], seen["num_ctas"]) == (11, 12)
+    assert (seen["spin_timeout_ns"], seen["device"]) == (13, 14)
+
+
+def test_device_queue_is_checked_once_per_version_and_sizes(
+    monkeypatch: pytest.MonkeyPatch, plan: mla_decode.Plan
+) -> None:
+    checked: list[object] = []
+    monkeypatch.setattr(raw, "check_words", lambda words, limits: checked.append(limits))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    limits = queue_check.QueueLimits(3, 2, 16, 3008, plan.num_slots)
+    queue = torch.from_numpy(plan.instructions.copy())
+    for _ in range(3):
+        raw._check_device_queue(queue, limits)
+    assert len(checked) == 1
+    queue[0, 0] = 0  # another version
+    raw._check_device_queue(queue, limits)
+    raw._check_device_queue(queue, replace(limits, num_slots=1))
+    raw._check_device_queue(queue.clone(), limits)
+    assert len(checked) == 4
+
+
+def test_device_queue_cannot_be_checked_during_capture(
+    monkeypatch: pytest.MonkeyPatch, plan: mla_decode.Plan
+) -> None:
+    limits = queue_check.QueueLimits(3, 2, 16, 3008, plan.num_slots)
+    queue = torch.from_numpy(plan.instructions.copy())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(UnsupportedError, match="check_queue=False"):
+        raw._check_device_queue(queue, limits)
+
+
+# Workspaces
+
+
+def test_workspace_grows_and_keeps_what_it_outgrew() -> None:
+    workspace = mla_decode.Workspace("cpu", 2, 1, 8)
+    small = workspace.views(2, 1, 8)
+    assert small.o_scratch.shape == (2, 1, 8, 512)
+    assert small.lvec_scratch.shape == (2, 1, 8)
+    assert small.completion_flag.tolist() == [[0], [0]]
+    big = workspace.views(10, 4, 16)
+    assert big.o_scratch.shape == (10, 4, 16, 512)
+    assert big.queue_state is small.queue_state
+    assert big.o_scratch.data_ptr() != small.o_scratch.data_ptr()
+    again = workspace.views(2, 1, 8)
+    assert again.o_scratch.data_ptr() == big.o_scratch.data_ptr()
+    both = mla_decode.workspace_bytes(10, 4, 16) + mla_decode.workspace_bytes(2, 1, 8)
+    assert workspace.nbytes == both - 4 * 32  # one queue state
+
+
+def test_one_workspace_serves_batches_of_other_sizes() -> None:
+    workspace = mla_decode.Workspace("cpu")
+    for lengths, heads, tokens in (([3000], 16, 4), ([700, 900], 8, 1), ([3000, 5], 64, 2)):
+        case = make_case(lengths, heads, tokens)
+        workspace.poison()
+        out, lse = decode(case, workspace=workspace)
+        assert compare(out, lse, *attention(case)).passed
+
+
+def test_calls_without_a_workspace_share_one() -> None:
+    mla_decode.release_workspaces()
+    case = make_case([3000], 8)
+    first = decode(case)[0]
+    again = decode(case)[0]
+    assert same_bits(first, again)
+    mla_decode.release_workspaces()
+
+
+# Cost, floor, errors
+
+
+def test_floor_is_that_of_the_published_shapes() -> None:
+    # Lengths, heads, new tokens, floor: what a stream of the bytes took on an H200.
+    for lengths, heads, tokens, floor in (
+        ([65536], 16, 1, 18.5),
+        (DEMO, 16, 4, 15.4),
+        ([4096] * 128, 16, 1, 134),
+        ([4096] * 128, 128, 1, 185),
+        ([8192] * 128, 128, 2, 739),
+    ):
+        assert mla_decode.floor_us(lengths, heads, tokens) == pytest.approx(floor, rel=0.05)
+
+
+def test_traffic_counts_cache_q_and_o_once() -> None:
+    assert cost.traffic_bytes([100, 28], 8, 2) == 1152 * 128 + 2 * 2 * 8 * (1152 + 1024)
+    assert cost.work_flop([100], 8, 2) == 2 * 2 * 8 * 100 * (576 + 512)
+
+
+def test_cost_models_are_found_by_device_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stem, value in (("default", 1.0), ("nvidia-h100", 2.0), ("nvidia-h100-nvl", 3.0)):
+        (tmp_path / f"{stem}.json").write_text(json.dumps({"launch_us": value}))
+    monkeypatch.setattr(cost, "_DIRECTORIES", (tmp_path,))
+    for name, value in (
+        ("NVIDIA H100 80GB HBM3", 2.0),
+        ("NVIDIA H100 NVL", 3.0),
+        ("NVIDIA H1000", 1.0),
+        (None, 1.0),
+    ):
+        assert cost.load(name).launch_us == value
+    monkeypatch.setenv("MLA_DECODE_COST_MODEL", str(tmp_path / "nvidia-h100.json"))
+    assert cost.load("anything").launch_us == 2.0
+    (tmp_path / "nvidia-h100.json").write_text('{"launch_us": "soon"}')
+    with pytest.raises(MlaDecodeError, match=r"nvidia-h100\.json"):
+        cost.load("anything")
+
+
+def test_shipped_cost_models_load() -> None:
+    for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "unknown", None):
+        assert cost.load(name).partial_tile_compute_us > 0
+
+
+def test_timeout_error_carries_the_record() -> None:
+    record = {
+        "sm": 7,
+        "role": "launcher",
+        "instruction": 3,
+        "uid": 11,
+        "opcode": 2,
+        "wait": "completion flag of scratch slot 5",
+        "expected": 1,
+        "seen": 0,
+    }
+    error = MegakernelTimeout(record)
+    assert {name: getattr(error, name) for name in record} == record
+    for part in ("SM 7", "launcher", "uid 11", "completion flag of scratch slot 5", "saw 0"):
+        assert part in str(error)
+
+
+def test_every_error_is_caught_by_the_base_class() -> None:
+    for name in mla_decode.__all__:
+        value = getattr(mla_decode, name)
+        if isinstance(value, type) and issubclass(value, Exception):
+            assert issubclass(value, MlaDecodeError)
+
+
+def test_synchronize_without_a_gpu_does_nothing() -> None:
+    mla_decode.synchronize("cpu")
+
+
+def test_package_works_without_the_cuda_extension() -> None:
+    """In a process of its own in which the extension cannot be imported."""
+    code = """
+        import sys
+        sys.modules["mla_decode._kernels"] = None
+        import mla_decode
+        from mla_decode import native
+        from mla_decode.reference import make_case
+        case = make_case([65], 8)
+        out, _ = mla_decode.decode(case.q, case.kv_cache, case.block_table, case.seq_lens)
+        assert not out.isnan().any()
+        assert not native.is_built()
+        print(native.missing())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={"PYTHONPATH": PYTHON_PATH},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the CUDA kernels are not built" in done.stdout
+
+
+def test_every_planned_queue_passes_the_word_check(plan: mla_decode.Plan) -> None:
+    limits = queue_check.QueueLimits(3, 2, 16, 3008, plan.num_slots)
+    queue_check.check_words(plan.instructions, limits)

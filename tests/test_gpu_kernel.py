@@ -1,0 +1,413 @@
+"""The kernel itself, on a Hopper GPU: against the interpreter, replayed, timed out, timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mla_decode
+import pytest
+import torch
+from mla_decode import interpreter, native, timeline
+from mla_decode.errors import (
+    DeviceError,
+    MegakernelTimeout,
+    RangeError,
+    ScheduleError,
+    UnsupportedError,
+)
+from mla_decode.measure import timing_records
+from mla_decode.reference import Case, attention, compare, make_case
+from mla_decode.words import Noop, Partial, Reduction
+
+from tests.support import Launch, pack, same_bits
+
+pytestmark = pytest.mark.gpu
+
+DEMO = [4641, 45118, 1730, 1696]
+SHORT_TIMEOUT_NS = 50_000_000
+
+# Kernel and interpreter round P to bf16 against different maxima (of the tiles seen so far, of
+# the whole instruction), so their errors of 1.6e-3 each against float64 are partly independent.
+AGREEMENT_L2 = 3e-3
+# Both sum exponentials in fp32; the GPU's ex2 and lg2 are good to 2 units in the last place.
+AGREEMENT_LSE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def no_error_left_behind() -> Iterator[None]:
+    """A test that leaves a timeout unread would fail its successor instead of itself."""
+    yield
+    mla_decode.synchronize()
+
+
+def decode(case: Case, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = case.poisoned_outputs()
+    mla_decode.decode(
+        case.q,
+        case.kv_cache,
+        case.block_table,
+        case.seq_lens,
+        **{"softmax_scale": case.softmax_scale, "out": out, "lse": lse, **options},
+    )
+    return out, lse
+
+
+# Against the interpreter, on the same words
+
+
+def agree(case: Case, kernel: Launch, model: Launch) -> None:
+    kernel.run()
+    mla_decode.synchronize()
+    model.run()
+    got, want = kernel.o.cpu().double(), model.o.double()
+    assert float((got - want).norm() / want.norm()) < AGREEMENT_L2
+    got_lse, want_lse = kernel.lse.cpu(), model.lse
+    finite = want_lse.isfinite()
+    assert torch.equal(finite, got_lse.isfinite())
+    assert float((got_lse - want_lse)[finite].abs().max()) < AGREEMENT_LSE
+    # What they leave behind: flags, and the state that the next launch starts from.
+    assert torch.equal(kernel.completion_flag.cpu(), model.completion_flag)
+    state = (interpreter.STATE_NEXT_TICKET, interpreter.STATE_EPOCH)
+    for word in state:
+        assert kernel.global_instruction_index[word] == model.global_instruction_index[word]
+    errors = compare(kernel.o, kernel.lse, *attention(case))
+    assert errors.passed, errors
+
+
+@pytest.mark.parametrize("policy", ("balanced", "backward", "unsplit", "fixed"))
+@pytest.mark.parametrize("num_heads", (8, 16, 32, 64, 128))
+def test_kernel_agrees_with_interpreter(num_heads: int, policy: str) -> None:
+    lengths = [700, 1, 6000, 65]
+    case = make_case(lengths, num_heads, 3, 128, device="cuda")
+    tiles = 5 if policy == "fixed" else 0
+    plan = mla_decode.plan(lengths, num_heads, 3, policy=policy, split_tiles=tiles)
+    agree(case, Launch.of_plan(case, plan), Launch.of_plan(case.to("cpu"), plan))
+
+
+def test_kernel_agrees_with_interpreter_on_the_demo_batch() -> None:
+    case = make_case(DEMO, 16, 4, device="cuda")
+    plan = mla_decode.plan(DEMO, 16, 4)
+    agree(case, Launch.of_plan(case, plan), Launch.of_plan(case.to("cpu"), plan))
+
+
+def test_kernel_agrees_with_interpreter_on_a_tree_in_slices() -> None:
+    case = make_case([256], 16, device="cuda")
+    queue = [
+        Partial(uid=i, dst_batch=-i - 1, q_batch=0, start=64 * i, end=64 * i + 64, length=256)
+        for i in range(4)
+    ]
+    final, slot = [], 4
+    for head in (0, 8):
+        for column in (0, 256):
+            piece = {"head_begin": head, "num_heads": 8, "col_begin": column, "num_cols": 256}
+            for pair in ((0, 1), (2, 3)):
+                queue.append(Reduction(slot, -slot - 1, 0, pair, **piece))
+                slot += 1
+            final.append(Reduction(100 + slot, 0, 0, (slot - 2, slot - 1), **piece))
+    words = pack(*queue, *final)
+    agree(case, Launch.of(case, words, slot), Launch.of(case.to("cpu"), words, slot))
+
+
+# Launches
+
+
+@pytest.mark.parametrize("num_ctas", (1, 2, 7, 50, 132))
+def test_any_number_of_ctas_gives_the_same_bits(num_ctas: int) -> None:
+    if num_ctas > native.num_sms(torch.device("cuda")):
+        pytest.skip("fewer SMs")
+    case = make_case([3000, 70], 16, 2, device="cuda")
+    plan = mla_decode.plan(case.seq_lens, 16, 2)
+    all_sms, few = Launch.of_plan(case, plan), Launch.of_plan(case, plan)
+    all_sms.run()
+    few.run(num_ctas=num_ctas)
+    mla_decode.synchronize()
+    assert same_bits(all_sms.o, few.o)
+    assert same_bits(all_sms.lse, few.lse)
+    assert not few.o.isnan().any()
+
+
+def test_a_thousand_graph_replays_are_bit_identical() -> None:
+    case = make_case(DEMO, 16, 4, device="cuda")
+    plan = mla_decode.plan(DEMO, 16, 4)
+    workspace = plan.workspace("cuda")
+    out, lse = case.poisoned_outputs()
+
+    def call() -> None:
+        decode(case, plan=plan, workspace=workspace, out=out, lse=lse)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    first_out, first_lse = out.clone(), lse.clone()
+    assert compare(out, lse, *attention(case)).passed
+    different = torch.zeros((), dtype=torch.int32, device="cuda")
+    for number in range(1000):
+        out.fill_(torch.nan)
+        lse.fill_(torch.nan)
+        if number % 100 == 50:
+            workspace.poison()
+        graph.replay()
+        different += (out.view(torch.int16) != first_out.view(torch.int16)).any()
+        different += (lse.view(torch.int32) != first_lse.view(torch.int32)).any()
+    mla_decode.synchronize()
+    assert int(different) == 0
+
+
+def test_launches_advance_the_epoch_without_a_reset() -> None:
+    case = make_case([3000], 16, device="cuda")
+    launch = Launch.of_plan(case, mla_decode.plan([3000], 16))
+    for number in range(1, 6):
+        launch.poison()
+        launch.run()
+        assert int(launch.global_instruction_index[interpreter.STATE_EPOCH]) == number
+        assert int(launch.global_instruction_index[interpreter.STATE_NEXT_TICKET]) == 0
+        assert not launch.o.isnan().any()
+
+
+@pytest.mark.parametrize("count", (1, 131, 132, 133, 5000))
+def test_queue_of_noops_runs_and_leaves_a_record_each(count: int) -> None:
+    case = make_case([64], 8, device="cuda")
+    launch = Launch.of(case, pack(*(Noop(uid=i) for i in range(count))), num_slots=1)
+    launch.run()
+    mla_decode.synchronize()
+    assert bool((launch.timings[:, 0] > 0).all())
+    assert bool(launch.o.isnan().all()), "a no-op wrote the output"
+
+
+def test_end_mark_ends_the_queue() -> None:
+    case = make_case([64], 8, device="cuda")
+    words = pack(Noop(uid=0), Noop(uid=1), Partial(2, 0, 0, 0, 64, 64))
+    words[1, 0] = -1
+    launch = Launch.of(case, words, num_slots=1)
+    launch.run()
+    mla_decode.synchronize()
+    assert bool(launch.o.isnan().all())
+    launch.run()
+    mla_decode.synchronize()
+
+
+def test_nothing_is_written_outside_the_plans_slots() -> None:
+    case = make_case([3000, 70], 64, 3, device="cuda")
+    plan = mla_decode.plan(case.seq_lens, 64, 3)
+    launch = Launch.of(case, plan.instructions, plan.num_slots + 2)
+    launch.run()
+    mla_decode.synchronize()
+    assert bool(launch.o_scratch[-2:].isnan().all())
+    assert bool(launch.lvec_scratch[-2:].isnan().all())
+    assert bool((launch.completion_flag[-2:] == 0).all())
+
+
+def test_two_streams_with_two_workspaces_do_not_disturb_each_other() -> None:
+    cases = [make_case([9000, 300], 16, 2, device="cuda"), make_case([65, 4000], 64, device="cuda")]
+    plans = [mla_decode.plan(c.seq_lens, c.num_heads, c.new_tokens) for c in cases]
+    alone = [decode(c, plan=p) for c, p in zip(cases, plans, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    results: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[], []]
+    for _ in range(50):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[i].append(decode(cases[i], plan=plans[i]))
+    mla_decode.synchronize()
+    for expected, found in zip(alone, results, strict=True):
+        for out, lse in found:
+            assert same_bits(out, expected[0])
+            assert same_bits(lse, expected[1])
+
+
+def test_stream_argument_is_where_the_launch_goes() -> None:
+    case = make_case([3000], 16, device="cuda")
+    plan = mla_decode.plan([3000], 16)
+    expected = decode(case, plan=plan)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    for handle in (stream, stream.cuda_stream):
+        out, lse = decode(case, plan=plan, stream=handle)
+        stream.synchronize()
+        assert same_bits(out, expected[0])
+        assert same_bits(lse, expected[1])
+
+
+# Caches
+
+
+def test_strided_caches_give_the_same_bits() -> None:
+    case = make_case([700, 64, 1], 16, 2, 64, device="cuda")
+    expected = decode(case)
+    kv = case.kv_cache
+    assert isinstance(kv, torch.Tensor)
+    blocks, size, width = kv.shape
+    padded_blocks = torch.full(
+        (blocks, size * width + 128), torch.nan, dtype=kv.dtype, device="cuda"
+    )
+    own_stride = padded_blocks[:, : size * width].view(blocks, size, width)
+    own_stride.copy_(kv)
+    padded_rows = torch.full((blocks, size, 640), torch.nan, dtype=kv.dtype, device="cuda")
+    padded_rows[..., :width] = kv
+    interleaved = torch.full((blocks, 2, size, width), torch.nan, dtype=kv.dtype, device="cuda")
+    interleaved[:, 1] = kv  # one layer of several in a block
+    pair = (kv[..., :512].contiguous(), kv[..., 512:].contiguous())
+    forms = (own_stride, padded_rows[..., :width], interleaved[:, 1], kv.unsqueeze(2), pair)
+    for form in forms:
+        out, lse = decode(Case(**{**vars(case), "kv_cache": form}))
+        assert same_bits(out, expected[0])
+        assert same_bits(lse, expected[1])
+
+
+def test_wild_block_ids_and_nan_past_a_request_do_not_matter() -> None:
+    trapped = make_case([700, 1, 64, 65], 16, 4, device="cuda")
+    clean = make_case([700, 1, 64, 65], 16, 4, device="cuda", poison=False)
+    assert same_bits(decode(trapped)[0], decode(clean)[0])
+
+
+# Timeouts
+
+
+def waits_for_ever() -> tuple[Partial, Reduction]:
+    """A reduction whose second input nobody writes; no validator would let it pass."""
+    return Partial(0, -1, 0, 0, 64, 130), Reduction(7, 0, 0, (0, 1))
+
+
+def good_queue() -> tuple[Partial, Partial, Reduction]:
+    return (
+        Partial(0, -1, 0, 0, 64, 130),
+        Partial(1, -2, 0, 64, 130, 130),
+        Reduction(2, 0, 0, (0, 1)),
+    )
+
+
+def test_queue_that_waits_for_ever_ends_in_a_timeout_and_the_next_launch_works() -> None:
+    case = make_case([130], 16, device="cuda")
+    stuck = Launch.of(case, pack(*waits_for_ever()), num_slots=2)
+    stuck.run(spin_timeout_ns=SHORT_TIMEOUT_NS)
+    with pytest.raises(MegakernelTimeout) as caught:
+        mla_decode.synchronize()
+    error = caught.value
+    assert (error.instruction, error.uid, error.opcode) == (1, 7, 2)
+    assert (error.expected, error.seen) == (1, 0)
+    assert "flag" in error.wait
+    assert "1" in error.wait
+    assert 0 <= error.sm < native.num_sms(torch.device("cuda"))
+    assert error.role
+    for part in (f"SM {error.sm}", error.role, "uid 7", error.wait):
+        assert part in str(error)
+
+    fine = Launch.of(case, pack(*good_queue()), num_slots=2)
+    for name in ("global_instruction_index", "o_scratch", "lvec_scratch", "completion_flag"):
+        fine.tensors[name] = stuck.tensors[name]
+    for _ in range(3):
+        fine.poison()
+        fine.run()
+        mla_decode.synchronize()
+        errors = compare(fine.o, fine.lse, *attention(case))
+        assert errors.passed, errors
+
+
+def test_unread_timeout_is_raised_by_the_next_launch_once() -> None:
+    case = make_case([130], 16, device="cuda")
+    Launch.of(case, pack(*waits_for_ever()), 2).run(spin_timeout_ns=SHORT_TIMEOUT_NS)
+    torch.cuda.synchronize()
+    fine = Launch.of(case, pack(*good_queue()), num_slots=2)
+    with pytest.raises(MegakernelTimeout):
+        fine.run()
+    assert bool(fine.o.isnan().all()), "nothing is launched by the call that raises"
+    fine.run()
+    mla_decode.synchronize()
+    assert compare(fine.o, fine.lse, *attention(case)).passed
+
+
+def test_timeout_of_a_full_machine_leaves_it_usable() -> None:
+    """Every CTA waits for a slot that nobody writes, behind work of its own."""
+    case = make_case([130], 16, device="cuda")
+    sms = native.num_sms(torch.device("cuda"))
+    readers = [Reduction(100 + i, 0, 0, (1,)) for i in range(2 * sms)]
+    queue = pack(Partial(0, -1, 0, 0, 64, 130), *readers)
+    Launch.of(case, queue, 2).run(spin_timeout_ns=SHORT_TIMEOUT_NS)
+    with pytest.raises(MegakernelTimeout):
+        mla_decode.synchronize()
+    out, lse = decode(case)
+    assert compare(out, lse, *attention(case)).passed
+
+
+# Timing records
+
+
+def test_timing_records_are_sane() -> None:
+    case = make_case(DEMO, 16, 4, device="cuda")
+    plan = mla_decode.plan(DEMO, 16, 4)
+    records = timing_records(case, plan).cpu()
+    sms = native.num_sms(torch.device("cuda"))
+    assert bool(((records[:, 0] >= 1) & (records[:, 0] <= sms)).all())
+    drawn = timeline.measured(plan, records, "GPU")
+    assert plan.floor_us / 3 < drawn.makespan_us < 20 * plan.floor_us
+    for s in drawn.slices:
+        assert [p.name for p in s.phases][-1] == "store"
+        assert s.fetched_us is not None
+        assert s.fetched_us <= s.start_us
+        names = {p.name: p for p in s.phases}
+        if isinstance(s.instruction, Partial):
+            assert names["load"].start_us <= names["compute"].start_us
+        assert names["compute"].end_us <= s.end_us
+    ends = {s.index: s.end_us for s in drawn.slices}
+    # A reader's result is stored after its writer's (the clocks of SMs agree to 1 us or so).
+    assert all(ends[source] <= ends[target] + 1.0 for source, target in drawn.flows)
+
+
+def test_recording_times_does_not_change_the_result() -> None:
+    case = make_case([3000, 70], 16, 2, device="cuda")
+    plan = mla_decode.plan(case.seq_lens, 16, 2)
+    timings = torch.zeros(plan.num_instructions, 8, dtype=torch.int32, device="cuda")
+    plain, timed = decode(case, plan=plan), decode(case, plan=plan, timings=timings)
+    assert same_bits(plain[0], timed[0])
+    assert same_bits(plain[1], timed[1])
+    assert bool((timings[:, 0] > 0).all())
+
+
+# Calls that cannot be
+
+
+def test_more_ctas_than_sms_are_refused() -> None:
+    case = make_case([64], 8, device="cuda")
+    launch = Launch.of(case, pack(Noop(uid=0)), num_slots=1)
+    sms = native.num_sms(torch.device("cuda"))
+    with pytest.raises(RangeError, match=f"num_ctas: expected at most {sms}"):
+        launch.run(num_ctas=sms + 1)
+
+
+def test_lengths_on_the_gpu_are_planned_and_checked() -> None:
+    case = make_case([700, 65], 8, device="cuda")
+    lengths = torch.tensor(case.seq_lens, dtype=torch.int32, device="cuda")
+    out, lse = mla_decode.decode(case.q, case.kv_cache, case.block_table, lengths)
+    assert compare(out, lse, *attention(case)).passed
+    other = mla_decode.plan([700, 64], 8)
+    with pytest.raises(ScheduleError, match="plan: made for length 64 of request 1"):
+        mla_decode.decode(
+            case.q, case.kv_cache, case.block_table, lengths, plan=other, check_seq_lens=True
+        )
+
+
+def test_tensors_on_two_devices_are_refused() -> None:
+    case = make_case([700], 8, device="cuda")
+    with pytest.raises(DeviceError, match="block_table: expected device cuda:0, got cpu"):
+        mla_decode.decode(case.q, case.kv_cache, case.block_table.cpu(), [700])
+
+
+def test_what_needs_the_host_is_refused_during_capture() -> None:
+    case = make_case([700], 8, device="cuda")
+    lengths = torch.tensor([700], dtype=torch.int32, device="cuda")
+    fresh = mla_decode.plan([700], 8)
+    known = mla_decode.plan([700], 8)
+    own = known.workspace("cuda")
+    decode(case, plan=known, workspace=own)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        with pytest.raises(UnsupportedError, match="seq_lens: on the GPU"):
+            mla_decode.decode(case.q, case.kv_cache, case.block_table, lengths)
+        with pytest.raises(UnsupportedError, match="cannot be copied to the GPU"):
+            decode(case, plan=fresh, workspace=own)
+        with pytest.raises(UnsupportedError, match="workspace: cannot grow"):
+            decode(case, plan=known)  # the capture's stream has no workspace yet

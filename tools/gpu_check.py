@@ -1,0 +1,102 @@
+"""GPU tests and benchmark; writes benchmarks/results/<device>.json.
+
+    python tools/gpu_check.py [--pytest ARGS] [--replays N]
+
+The file is written even when something failed, and says so; the exit status is then 1. A copy goes
+to the folder that OUT names, if it is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+from benchmarks import bench  # noqa: E402
+from benchmarks.implementations import IMPLEMENTATIONS  # noqa: E402
+from benchmarks.measure import REPLAYS  # noqa: E402
+from benchmarks.shapes import SHAPES  # noqa: E402
+from tools.results import FOLDER, ResultsError, check_schema, slug  # noqa: E402
+from tools.source_digest import source_digest  # noqa: E402
+
+CORRECTNESS_LOG = ROOT / "build" / "correctness.jsonl"
+
+
+def run_tests(extra: list[str]) -> tuple[int, list[dict[str, Any]]]:
+    """Run ``pytest -m gpu``; return its exit status and the correctness rows."""
+    CORRECTNESS_LOG.parent.mkdir(exist_ok=True)
+    CORRECTNESS_LOG.unlink(missing_ok=True)
+    status = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", *extra],
+        cwd=ROOT,
+        env={**os.environ, "MLA_DECODE_CORRECTNESS": str(CORRECTNESS_LOG)},
+    ).returncode
+    lines = CORRECTNESS_LOG.read_text().splitlines() if CORRECTNESS_LOG.exists() else []
+    return status, [finite(json.loads(line)) for line in lines]
+
+
+def finite(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: an error that is not finite becomes a huge number."""
+    return {
+        name: 1e30 if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="GPU tests, benchmark, results file")
+    parser.add_argument("--pytest", default="", metavar="ARGS", help="further arguments of pytest")
+    parser.add_argument("--replays", type=int, default=REPLAYS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"gpu-check: no CUDA GPU (torch {torch.__version__})", file=sys.stderr)
+        return 2
+    digest = source_digest()  # before, so that an edit during the run does not count as measured
+    status, correctness = run_tests(shlex.split(arguments.pytest))
+    rows = bench.run(list(SHAPES.values()), list(IMPLEMENTATIONS), arguments.replays)
+    device = torch.cuda.get_device_name()
+    results = {
+        "device": device,
+        "commit": bench.commit(),
+        "source_digest": digest,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "correctness": correctness,
+        "benchmark": [finite(row.as_json()) for row in rows if math.isfinite(row.us)],
+    }
+    path = FOLDER / f"{slug(device)}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"gpu-check: wrote {path.relative_to(ROOT)}")
+    if out := os.environ.get("OUT"):
+        shutil.copy(path, out)
+
+    failures = [f"pytest ended with status {status}"] if status else []
+    failures += [f"correctness: {row['case']}" for row in correctness if not row["passed"]]
+    failures += [] if correctness else ["no correctness row was recorded"]
+    ours = [row for row in rows if row.impl == bench.OURS]
+    failures += [f"{row.shape.name}: {row.error}" for row in ours if row.error]
+    try:
+        check_schema(results)
+    except ResultsError as error:
+        failures.append(str(error))
+    print("gpu-check: " + ("; ".join(failures) if failures else "all passed"))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The results files: what they hold and what makes one valid."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks" / "results"
+PENDING = "pending.json"
+
+NUMBER = (int, float)
+HEAD = {
+    "device": str,
+    "commit": str,
+    "source_digest": str,
+    "date": str,
+    "torch": str,
+    "cuda": str,
+    "correctness": list,
+    "benchmark": list,
+}
+CORRECTNESS = {"case": str, "rel_err": NUMBER, "lse_max_abs_err": NUMBER, "passed": bool}
+BENCHMARK = {
+    "shape": str,
+    "impl": str,
+    "us": NUMBER,
+    "gbps": NUMBER,
+    "tflops": NUMBER,
+    "floor_us": NUMBER,
+    "rel_err": NUMBER,
+}
+IMPLS = ("mla_decode", "flash_mla", "flashinfer_fa3")
+
+
+class ResultsError(ValueError):
+    """A results file is malformed, stale, or records a failure."""
+
+
+def slug(device: str) -> str:
+    """Return a device's name as a file name: ``NVIDIA H200`` is ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def result_files(folder: Path = FOLDER) -> list[Path]:
+    """Return the results of all devices."""
+    return sorted(path for path in folder.glob("*.json") if path.name != PENDING)
+
+
+def check_fields(record: Any, fields: dict[str, Any], where: str) -> None:
+    if not isinstance(record, dict) or set(record) != set(fields):
+        raise ResultsError(f"{where}: expected the fields {sorted(fields)}, got {sorted(record)}")
+    for name, kind in fields.items():
+        value = record[name]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ResultsError(f"{where}: {name} has the type {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ResultsError(f"{where}: {name} is {value}")
+
+
+def check_schema(results: Any) -> None:
+    """Raise ResultsError unless ``results`` has exactly the documented fields."""
+    check_fields(results, HEAD, "results")
+    for i, row in enumerate(results["correctness"]):
+        check_fields(row, CORRECTNESS, f"correctness[{i}]")
+    for i, row in enumerate(results["benchmark"]):
+        check_fields(row, BENCHMARK, f"benchmark[{i}]")
+        if row["impl"] not in IMPLS:
+            raise ResultsError(f"benchmark[{i}]: impl {row['impl']!r} is none of {IMPLS}")
+
+
+def check_digests(digest: str, folder: Path = FOLDER) -> str:
+    """Check that every device's results were measured with the sources of ``digest``.
+
+    Returns a warning, empty if all match. ``pending.json`` (``{"source_digest", "reason"}``) with
+    this digest turns the error into the warning.
+    """
+    files = result_files(folder)
+    stale = [path.name for path in files if json.loads(path.read_text())["source_digest"] != digest]
+    if files and not stale:
+        return ""
+    problem = (
+        f"{', '.join(stale)}: measured with other sources" if files else "no device has results"
+    )
+    pending_path = folder / PENDING
+    if pending_path.exists():
+        pending = json.loads(pending_path.read_text())
+        if pending.get("source_digest") == digest and str(pending.get("reason", "")).strip():
+            return f"{problem}; pending: {pending['reason']}"
+        problem += f" ({PENDING} names another digest, or no reason)"
+    raise ResultsError(
+        f"{problem}. Run `make gpu-check` on the device, or say why not in "
+        f'benchmarks/results/{PENDING}: {{"source_digest": "{digest}", "reason": "..."}}'
+    )
