@@ -196,16 +196,30 @@ struct MlaPartial {
     };
 
     struct Consumer {
+        // The epilogue stands once, for both warpgroups: it is long straight code that runs once
+        // per instruction, and code that comes from L2 takes ten cycles an instruction (H200).
         __device__ static void run(const MlaGlobals& g, State& state) {
-            if (threadIdx.x < kWarpgroupThreads) {
-                Warpgroup<kLeft>(g, state).run();
+            Accumulator o;
+            RowState rows;
+            kittens::zero(o);
+            const int half = threadIdx.x / kWarpgroupThreads;
+            if (half == kLeft) {
+                Warpgroup<kLeft>(g, state, o, rows).attend();
             } else {
-                Warpgroup<kRight>(g, state).run();
+                Warpgroup<kRight>(g, state, o, rows).attend();
             }
+            stage_output(g, state, half, o, rows);
+            mk::ptx::fence_proxy_async_smem();
+            arrive_per_warp(state, kOutputStaged + half);
+            if (half == kLeft) {
+                store_lse(g, state, rows);
+                arrive_per_warp(state, kLseStored);
+            }
+            if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
         }
 
       private:
-        // What the warpgroups hand each other, in the consumers' scratch().
+        // What the warpgroups hand each other, in the consumers' scratch.
         struct Scratch {
             PTile p;
             float even_max[kMaxRows];
@@ -214,35 +228,68 @@ struct MlaPartial {
         };
         static_assert(sizeof(Scratch) <= Config::kScratchBytes);
 
+        __device__ static uint32_t page_address(const State& state, int logical) {
+            return mk::ptx::smem_address(state.page(logical));
+        }
+
+        __device__ static void arrive_per_warp(const State& state, int semaphore) {
+            __syncwarp();
+            if (mk::ptx::thread_in_cta() % mk::kWarpThreads == 0) state.arrive(semaphore);
+        }
+
+        // Swizzle blocks of row_group rows, as the storer's boxes want them.
+        __device__ static void stage_output(const MlaGlobals& g,
+                                            const State& state,
+                                            int half,
+                                            const Accumulator& o,
+                                            const RowState& rows) {
+            // Warps without a row of the group have nothing to stage.
+            if (fragment_row() / 16 * 16 >= g.row_group) return;
+            const uint32_t first = page_address(state, q_page(half));
+            if (writes_scratch(state.word(Words::kDstBatch))) {
+                const uint32_t rest = page_address(state, kv_page(0, half));
+                stage_fp32(o, rows.inverse_sum(), first, rest, g.row_group);
+            } else {
+                stage_bf16(o, rows.inverse_sum(), first, g.row_group);
+            }
+        }
+
+        __device__ static void store_lse(const MlaGlobals& g,
+                                         const State& state,
+                                         const RowState& rows) {
+            if (mk::ptx::thread_in_cta() % 4 != 0) return;
+            const Work work(g, state);
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int row = fragment_row() + 8 * i;
+                if (row >= work.num_rows) continue;
+                const int flat = work.row_begin + row;
+                const float lse_log2 = rows.lse_log2(i);
+                if (writes_scratch(work.dst_batch)) {
+                    const int slot = scratch_slot(work.dst_batch);
+                    g.lse_log2_scratch[g.first_row(slot) + flat] = lse_log2;
+                } else {
+                    g.store_lse(work.dst_batch, flat / g.num_heads, flat % g.num_heads, lse_log2);
+                }
+            }
+        }
+
         template <Half kHalf>
         struct Warpgroup {
             const MlaGlobals& g;
             State& state;
+            Accumulator& o;
+            RowState& rows;
             // Registers are what this code is short of: words are read again where they are
             // needed, and these two numbers are all that the loop asks for.
             int num_tiles;
             int plain_tiles;  // leading tiles that every row sees in full
-            Accumulator o;
-            RowState rows;
 
-            __device__ Warpgroup(const MlaGlobals& g, State& state) : g(g), state(state) {
+            __device__ Warpgroup(const MlaGlobals& g, State& state, Accumulator& o, RowState& rows)
+                : g(g), state(state), o(o), rows(rows) {
                 const Work work(g, state);
                 num_tiles = work.num_tiles;
                 plain_tiles = max(0, work.visible(g, 0) - work.start) / kKvTile;
-            }
-
-            // The epilogue is long straight code that a CTA runs once or twice, and instructions
-            // that come from L2 cost ten cycles each (H200: 1.7 us for 350). So the first
-            // instruction walks through it while Q and KV are on their way, with no row to store.
-            __device__ void run() {
-                kittens::zero(o);
-#pragma unroll 1
-                for (bool rehearsal = state.index() == 0;; rehearsal = false) {
-                    if (!rehearsal) attend();
-                    stage_output(rehearsal ? 0 : g.row_group);
-                    if (!rehearsal) break;
-                }
-                finish();
             }
 
             __device__ void attend() {
@@ -345,7 +392,7 @@ struct MlaPartial {
             }
             // Shared-memory addresses.
             __device__ uint32_t page(int logical) const {
-                return mk::ptx::smem_address(state.page(logical));
+                return page_address(state, logical);
             }
             __device__ uint32_t half_page(int tile) const {
                 return page(kv_page(tile % kStages, kHalf));
@@ -409,57 +456,6 @@ struct MlaPartial {
                     state.arrive(kKvEmpty + 2 * stage + kHalf);
                 } else if (stage == 1 || !stages_in_kv_pages(g, state.word(Words::kDstBatch))) {
                     state.release_page(kv_page(stage, kHalf), 1);
-                }
-            }
-
-            // ---- the end ------------------------------------------------------------------
-
-            __device__ void finish() const {
-                mk::ptx::fence_proxy_async_smem();
-                arrive_per_warp(kOutputStaged + kHalf);
-                if constexpr (kHalf == kLeft) {
-                    store_lse();
-                    arrive_per_warp(kLseStored);
-                }
-                if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
-            }
-
-            __device__ void arrive_per_warp(int semaphore) const {
-                __syncwarp();
-                if (mk::ptx::thread_in_cta() % mk::kWarpThreads == 0) state.arrive(semaphore);
-            }
-
-            __device__ void store_lse() const {
-                if (mk::ptx::thread_in_cta() % 4 != 0) return;
-                const Work work(g, state);
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int row = fragment_row() + 8 * i;
-                    if (row >= work.num_rows) continue;
-                    const int flat = work.row_begin + row;
-                    const float lse_log2 = rows.lse_log2(i);
-                    if (writes_scratch(work.dst_batch)) {
-                        const int slot = scratch_slot(work.dst_batch);
-                        g.lse_log2_scratch[g.first_row(slot) + flat] = lse_log2;
-                    } else {
-                        g.store_lse(
-                            work.dst_batch, flat / g.num_heads, flat % g.num_heads, lse_log2);
-                    }
-                }
-            }
-
-            // Swizzle blocks of row_group rows, as the storer's boxes want them; stores the first
-            // `rows_to_stage` of them.
-            __device__ void stage_output(int rows_to_stage) const {
-                // Warps without a row have nothing to stage.
-                if (rows_to_stage > 0 && fragment_row() / 16 * 16 >= rows_to_stage) return;
-                const StagedRows staged{g.row_group, rows_to_stage};
-                const uint32_t first = page(q_page(kHalf));
-                if (writes_scratch(state.word(Words::kDstBatch))) {
-                    const uint32_t rest = page(kv_page(0, kHalf));
-                    stage_fp32(o, rows.inverse_sum(), first, rest, staged);
-                } else {
-                    stage_bf16(o, rows.inverse_sum(), first, staged);
                 }
             }
         };

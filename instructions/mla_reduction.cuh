@@ -1,6 +1,7 @@
 // MLA reduction: merges the partial outputs of one token over a slice of heads
 // and columns, weighted by their log-sum-exps.
 //
+//     loader     waits for the pages
 //     launcher   waits for the inputs' flags, a lane per input; then bulk-copies unit after unit
 //     consumers  weigh and sum: a warpgroup per unit, four columns per thread and step
 //     storer     raises the flag when the result is an input of another reduction
@@ -32,7 +33,8 @@ struct MlaReduction {
     static_assert(kUnitPages % 2 == 0, "a page always meets the same warpgroup");
 
     enum Semaphore {
-        kInputsVisible = 0,                   // the inputs' flags are up: LSEs may be read
+        kPagesGranted = 0,
+        kInputsVisible,                   // the inputs' flags are up: LSEs may be read
         kResultStored,                        // consumers have written their part
         kUnitFull,                            // + page
         kUnitEmpty = kUnitFull + kUnitPages,  // + page
@@ -91,8 +93,11 @@ struct MlaReduction {
 
     struct Loader {
         __device__ static void run(const MlaGlobals& g, State& state) {
-            const Work work(g, state);
-            state.pass_pages_from(min(work.num_units, kUnitPages), threadIdx.x % mk::kWarpThreads);
+            const int lane = threadIdx.x % mk::kWarpThreads;
+            const int used = min(Work(g, state).num_units, kUnitPages);
+            for (int page = 0; page < used; ++page) state.wait_page(page);
+            if (lane == 0) state.arrive(kPagesGranted);
+            state.pass_pages_from(used, lane);
         }
     };
 
@@ -110,12 +115,12 @@ struct MlaReduction {
             __syncwarp();
             if (lane == 0) state.arrive(kInputsVisible);
 
+            state.wait(kPagesGranted, 0);
             const float* input = g.o_scratch + work.token_row(g, slot) * kLatentDim;
             for (int unit = 0; unit < work.num_units; ++unit) {
                 const int page = unit % kUnitPages;
                 const uint32_t bytes = work.rows(unit) * work.cols(unit) * sizeof(float);
-                unit < kUnitPages ? state.wait_page(page)
-                                  : state.wait(kUnitEmpty + page, unit / kUnitPages - 1);
+                if (unit >= kUnitPages) state.wait(kUnitEmpty + page, unit / kUnitPages - 1);
                 if (lane == 0) {
                     mk::ptx::mbar_arrive_expect_tx(state.semaphore(kUnitFull + page),
                                                    bytes * work.num_inputs);

@@ -51,19 +51,14 @@ struct StagedPlace {
     }
 };
 
-struct StagedRows {
-    int in_block;  // what a block has room for
-    int stored;    // how many of them are written
-};
-
-// Both stage o * scale.
+// Both stage o * scale for the rows below num_rows.
 __device__ __forceinline__ void stage_fp32(
-    const Accumulator& o, const RowScale& scale, uint32_t first, uint32_t rest, StagedRows rows) {
+    const Accumulator& o, const RowScale& scale, uint32_t first, uint32_t rest, int num_rows) {
     const StagedPlace place(sizeof(float2));
-    const bool stored[2] = {place.upper_row < rows.stored, place.upper_row + 8 < rows.stored};
+    const bool stored[2] = {place.upper_row < num_rows, place.upper_row + 8 < num_rows};
 #pragma unroll
     for (int block = 0; block < kFp32Blocks; ++block) {
-        const uint32_t base = fp32_block(block, first, rest, rows.in_block) + place.offset;
+        const uint32_t base = fp32_block(block, first, rest, num_rows) + place.offset;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {  // four groups of eight columns, upper and lower row
             const float2 pair = o.tiles[0][2 * block + i / 4].data[i % 4];
@@ -81,12 +76,12 @@ __device__ __forceinline__ void stage_fp32(
 __device__ __forceinline__ void stage_bf16(const Accumulator& o,
                                            const RowScale& scale,
                                            uint32_t first,
-                                           StagedRows rows) {
+                                           int num_rows) {
     const StagedPlace place(sizeof(__nv_bfloat162));
-    const bool stored[2] = {place.upper_row < rows.stored, place.upper_row + 8 < rows.stored};
+    const bool stored[2] = {place.upper_row < num_rows, place.upper_row + 8 < num_rows};
 #pragma unroll
     for (int block = 0; block < kHalfBlocks; ++block) {
-        const uint32_t base = first + block * rows.in_block * kStagedRowBytes + place.offset;
+        const uint32_t base = first + block * num_rows * kStagedRowBytes + place.offset;
 #pragma unroll
         for (int i = 0; i < 16; ++i) {  // eight groups of eight columns, upper and lower row
             const float2 pair = o.tiles[0][4 * block + i / 4].data[i % 4];

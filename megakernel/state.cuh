@@ -23,11 +23,15 @@ class State {
 
     // ---- pages ------------------------------------------------------------------
 
-    // Page in the order in which the instruction asks for them; granted once wait_page returned.
+    // Pages are numbered in the order in which the instruction asks for them.
     __device__ unsigned char* page(int logical) const {
         return smem_base() + physical_page(logical) * Config::kSmemPageBytes;
     }
 
+    // Waits until the instruction before has let go of a page. An mbarrier tells only whether a
+    // phase of this parity is over, so whoever waits must see every phase: the loader waits for
+    // every page of every instruction, in queue order, and nobody else does. A role that needs to
+    // know is told through a semaphore.
     __device__ bool wait_page(int logical) const {
         return wait_local(ptx::smem_address(&control().page_free[physical_page(logical)]),
                           (index_ + 1) & 1,
@@ -42,7 +46,7 @@ class State {
     }
 
     // Releases the pages [first, kNumSmemPages) that this instruction has no use for, as they
-    // come; call from a whole warp.
+    // come; for the loader's whole warp.
     __device__ void pass_pages_from(int first, int lane) const {
         const int logical = first + lane;
         if (logical < Config::kNumSmemPages) {

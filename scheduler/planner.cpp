@@ -123,6 +123,7 @@ class Search {
             if (count <= requests) break;
             if (consider_even(count)) best_count = count;
         }
+        consider_one_length(gangs);
         for (const double step : {0.05, 0.025, 0.0125}) {
             const int centre = best_count;
             for (const double factor : {1.0 - step, 1.0 + step}) {
@@ -140,7 +141,7 @@ class Search {
   private:
     // Simulated instructions, for the cuts and then for their slices. Keeps the planning
     // of 128 requests under a millisecond.
-    static constexpr int64_t kCutBudget = 2000;
+    static constexpr int64_t kCutBudget = 2500;
     static constexpr int64_t kSliceBudget = 3000;
     // Even a huge batch gets these: whole requests, and the first two lines.
     static constexpr int kMinCuts = 3;
@@ -166,6 +167,40 @@ class Search {
     bool consider_even(int max_pieces) {
         if (out_of_budget(kCutBudget)) return false;
         return consider(cut_even(problem_, cost_, max_pieces, TreeShape::kStaggered));
+    }
+
+    // One wave again, but every piece as long as any other: the shortest length that leaves at
+    // most `max_pieces` of them, and somewhat longer ones.
+    void consider_one_length(int max_pieces) {
+        if (problem_.num_requests() > max_pieces) return;
+        int longest = 0;
+        for (int request = 0; request < problem_.num_requests(); ++request) {
+            longest = std::max(longest, problem_.num_tiles(request));
+        }
+        int shortest = 1;
+        for (int too_long = longest; shortest < too_long;) {
+            const int middle = shortest + (too_long - shortest) / 2;
+            if (num_pieces_of_length(middle) <= max_pieces) {
+                too_long = middle;
+            } else {
+                shortest = middle + 1;
+            }
+        }
+        int previous = 0;
+        for (const double factor : {1.0, 1.12, 1.25}) {
+            const int tiles = std::max(previous + 1, static_cast<int>(shortest * factor + 0.5));
+            if (tiles >= longest || out_of_budget(kCutBudget)) return;
+            consider(cut_fixed(problem_, tiles));
+            previous = tiles;
+        }
+    }
+
+    int64_t num_pieces_of_length(int tiles) const {
+        int64_t pieces = 0;
+        for (int request = 0; request < problem_.num_requests(); ++request) {
+            pieces += ceil_div(problem_.num_tiles(request), tiles);
+        }
+        return pieces;
     }
 
     bool keep_if_better(const SliceOptions& slices, Candidate candidate) {

@@ -15,8 +15,13 @@ without the variable it does nothing. Call it before the assertion that may fail
 
 from __future__ import annotations
 
-import json
 import os
+
+# Before torch starts its threads: spinning while they wait, they would take the processor from
+# whatever else the machine does.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import json
 import random
 from collections.abc import Callable
 from functools import cache

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import types
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mla_decode import cost, native, queue_check, raw
+from mla_decode.arguments import KernelArguments, geometry
 from mla_decode.decoding import DEFAULT_SOFTMAX_SCALE
 from mla_decode.errors import (
     MegakernelTimeout,
@@ -343,9 +345,9 @@ def test_raw_launch_takes_its_arguments_in_the_original_order() -> None:
 def test_references_replace_strides_that_mean_nothing() -> None:
     cache = torch.zeros(1, 64, 576, dtype=torch.bfloat16)
     latent = cache[..., :512].as_strided((1, 64, 512), (7, 576, 1))
-    assert native.tensor_ref(latent) == (cache.data_ptr(), [1, 64, 512], [64 * 576, 576, 1])
+    assert geometry(latent) == ([1, 64, 512], [64 * 576, 576, 1])
     q = torch.zeros(2, 1, 8, 512).as_strided((2, 1, 8, 512), (4096, 3, 512, 1))
-    assert native.tensor_ref(q)[2] == [4096, 4096, 512, 1]
+    assert geometry(q)[1] == [4096, 4096, 512, 1]
 
 
 def test_launch_hands_every_tensor_to_its_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,13 +359,81 @@ def test_launch_hands_every_tensor_to_its_parameter(monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.setattr(native, "_kernels", fake, raising=False)
     launch = Launch.of_plan(make_case([700], 8), mla_decode.plan([700], 8))
-    native.launch(launch.arguments(), 11, 12, 13, 14)
+    arguments = launch.arguments()
+    native.launch(arguments, arguments.check(), 11, 12, 13, 14)
     tensors = {**launch.tensors, "queue_state": launch.global_instruction_index}
     for name in [*names[:12], "lse"]:
-        assert seen[name] == native.tensor_ref(tensors[name]), name
+        tensor = tensors[name]
+        expected = None if tensor is None else (tensor.data_ptr(), *geometry(tensor))
+        assert seen[name] == expected, name
     assert seen["softmax_scale"] == launch.softmax_scale
     assert (seen["stream"], seen["num_ctas"]) == (11, 12)
     assert (seen["spin_timeout_ns"], seen["device"]) == (13, 14)
+
+
+def test_layouts_that_passed_are_not_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case([130, 65], 8, 2)
+    full: list[str] = []
+    for name in ("_check_types", "_check_sizes", "_check_strides"):
+        whole = getattr(KernelArguments, name)
+
+        def spy(self: KernelArguments, name: str = name, whole: object = whole) -> None:
+            full.append(name)
+            whole(self)  # type: ignore[operator]
+
+        monkeypatch.setattr(KernelArguments, name, spy)
+    arguments = Launch.of_plan(case, mla_decode.plan([130, 65], 8, 2)).arguments()
+    monkeypatch.setattr("mla_decode.arguments._passed", {})
+    first = arguments.check()
+    assert full == ["_check_types", "_check_sizes", "_check_strides"]
+    assert arguments.check() == first
+    assert len(full) == 3
+    strided = replace(arguments, q_v=case.q.repeat(1, 1, 1, 2)[..., :512])
+    assert strided.check() != first
+    assert len(full) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda case: {"q": case.q.float()}, "DtypeError: q: "),
+        (lambda case: {"q": case.q[..., :575]}, "ShapeError: q: "),
+        (lambda case: {"q": case.q.tolist()}, "DtypeError: q: "),
+        (lambda case: {"q": case.q.repeat(1, 1, 1, 2)[..., ::2]}, "StrideError: q_"),
+        (lambda case: {"q": one_element_further(case.q)}, "AlignmentError: q_"),
+        (lambda case: {"kv_cache": one_element_further(case.kv_cache)}, "AlignmentError: "),
+        (lambda case: {"block_table": case.block_table[:1]}, "ShapeError: block_table: "),
+        (lambda case: {"block_table": case.block_table[:, :1]}, "RangeError: seq_lens: "),
+        (lambda case: {"seq_lens": [130, 66]}, "ScheduleError: plan: "),
+        (lambda case: {"seq_lens": [130.0, 65.0]}, "DtypeError: seq_lens: "),
+        (lambda case: {"softmax_scale": float("nan")}, "RangeError: softmax_scale: "),
+        (lambda case: {"out": case.q[..., :512]}, "StrideError: o: "),
+        (lambda case: {"lse": torch.zeros(2, 8, 2).double()}, "DtypeError: lse: "),
+    ],
+)
+def test_a_call_that_passed_does_not_hide_a_bad_one(
+    change: Callable[[Case], dict[str, object]], error: str
+) -> None:
+    case = make_case([130, 65], 8, 2)
+    arguments: dict[str, object] = {
+        "q": case.q,
+        "kv_cache": case.kv_cache,
+        "block_table": case.block_table,
+        "seq_lens": case.seq_lens,
+        "plan": mla_decode.plan([130, 65], 8, 2),
+    }
+    for _ in range(2):
+        mla_decode.decode(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(MlaDecodeError) as caught:
+        mla_decode.decode(**{**arguments, **change(case)})  # type: ignore[arg-type]
+    assert f"{type(caught.value).__name__}: {caught.value}".startswith(error)
+    mla_decode.decode(**arguments)  # type: ignore[arg-type]
+
+
+def one_element_further(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values at an address that is a multiple of 2 bytes only."""
+    storage = torch.zeros(tensor.numel() + 8, dtype=tensor.dtype)
+    return storage[1 : 1 + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def test_device_queue_is_checked_once_per_version_and_sizes(

@@ -687,6 +687,7 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_able", {})
     monkeypatch.setattr(native, "missing", lambda device=0: "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
@@ -696,6 +697,7 @@ def test_other_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_old_driver_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_able", {})
     monkeypatch.setattr(native, "missing", lambda device=0: "driver too old: 11.4, needs 12.0")
     with pytest.raises(UnsupportedError, match="driver too old"):
         native.require(torch.device("cuda", 0))

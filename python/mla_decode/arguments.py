@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -20,6 +22,12 @@ from .words import (
     SUPPORTED_NEW_TOKENS,
     TIMING_WORDS,
 )
+
+# Sizes and strides (in elements) of a tensor as the extension takes them.
+Geometry: TypeAlias = tuple[list[int], list[int]]
+
+# The geometries of arguments that passed every check of their tensors, by their layouts.
+_passed: dict[Hashable, tuple[Geometry | None, ...]] = {}
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,31 @@ class KernelArguments:
             num_slots=self.num_slots,
         )
 
-    def check(self) -> None:
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The tensors, in the order of the launch."""
+        return (
+            self.instructions,
+            self.timings,
+            self.global_instruction_index,
+            self.q_rot,
+            self.q_v,
+            self.k_rot,
+            self.v,
+            self.table,
+            self.o,
+            self.o_scratch,
+            self.lvec_scratch,
+            self.completion_flag,
+            self.lse,
+        )
+
+    def check(self) -> tuple[Geometry | None, ...]:
         """Check every tensor alone and against the others; changes nothing.
+
+        Returns
+        -------
+        tuple of Geometry
+            Sizes and strides of `tensors`.
 
         Raises
         ------
@@ -89,8 +120,24 @@ class KernelArguments:
         UnsupportedError
             Naming the argument, what was expected and what came.
         """
+        checks.require_int("tic", self.tic, 0, 2**31 - 2)
+        if not isinstance(self.softmax_scale, float | int) or isinstance(self.softmax_scale, bool):
+            kind = type(self.softmax_scale).__name__
+            raise DtypeError(f"softmax_scale: expected a float, got {kind}")
+        if not math.isfinite(self.softmax_scale):
+            raise RangeError(f"softmax_scale: expected a finite number, got {self.softmax_scale}")
+        tensors = self.tensors()
+        layouts = tuple([checks.layout(tensor) for tensor in tensors])
+        known = _passed.get(layouts)
+        if known is not None:
+            return known
         self._check_types()
         self._check_sizes()
+        self._check_strides()
+        geometries = tuple(None if t is None else geometry(t) for t in tensors)
+        return checks.remember(_passed, layouts, geometries)
+
+    def _check_strides(self) -> None:
         for name in ("q_rot", "q_v", "k_rot", "v"):
             checks.require_layout(name, getattr(self, name))
         for name in ("q_rot", "q_v"):
@@ -106,12 +153,6 @@ class KernelArguments:
             checks.require_dense("timings", self.timings, checks.TMA_BYTES)
         if self.lse is not None:
             checks.require_no_overlap("lse", self.lse)
-        checks.require_int("tic", self.tic, 0, 2**31 - 2)
-        if not isinstance(self.softmax_scale, float | int) or isinstance(self.softmax_scale, bool):
-            kind = type(self.softmax_scale).__name__
-            raise DtypeError(f"softmax_scale: expected a float, got {kind}")
-        if not math.isfinite(self.softmax_scale):
-            raise RangeError(f"softmax_scale: expected a finite number, got {self.softmax_scale}")
 
     def _check_types(self) -> None:
         dtypes = {
@@ -171,6 +212,21 @@ class KernelArguments:
                 f"global_instruction_index: expected at least {QUEUE_STATE_WORDS} int32 words, "
                 f"zeroed once, got shape {list(state.shape)}"
             )
+
+
+def geometry(tensor: torch.Tensor) -> Geometry:
+    """Sizes and strides (in elements) of a tensor as the extension takes them.
+
+    The stride of a dimension of size 1 means nothing to torch and may be anything;
+    the TMA still checks it, so it is replaced by that of a dense tensor.
+    """
+    sizes, strides = list(tensor.shape), list(tensor.stride())
+    dense = 1
+    for dim in reversed(range(len(sizes))):
+        if sizes[dim] == 1:
+            strides[dim] = dense
+        dense = max(dense, strides[dim] * sizes[dim])
+    return sizes, strides
 
 
 def require_supported_query(num_heads: object, new_tokens: object) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -10,6 +11,28 @@ from .errors import AlignmentError, DeviceError, DtypeError, RangeError, ShapeEr
 
 TMA_BYTES = 16  # the TMA's granularity for base addresses and outer strides
 MAX_TMA_STRIDE_BYTES = 1 << 40
+
+_MAX_REMEMBERED = 1024  # layouts; more than a model's steps have
+
+T = TypeVar("T")
+
+
+def layout(value: object) -> Hashable:
+    """Everything that the checks of this module look at in a tensor.
+
+    Two tensors of one layout pass or fail alike, so that only the first need be checked.
+    """
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return value.shape, value.stride(), value.dtype, value.device, value.data_ptr() % TMA_BYTES
+
+
+def remember(passed: dict[Hashable, T], key: Hashable, value: T) -> T:
+    """Keep what is known of layouts that passed; forgets all when there are many."""
+    if len(passed) >= _MAX_REMEMBERED:
+        passed.clear()
+    passed[key] = value
+    return value
 
 
 def require_tensor(name: str, value: object) -> torch.Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ TensorOrPair: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 DEFAULT_SOFTMAX_SCALE = float((LATENT_DIM + ROPE_DIM) ** -0.5)
 
 _plans = PlanCache()
+
+# Layouts of queries, cache and block table that passed `_check_inputs`.
+_passed: dict[Hashable, None] = {}
 
 
 def decode(
@@ -130,6 +134,7 @@ def decode(
     num_ctas = 0
     if device.type == "cuda":
         num_ctas = min(call.plan.num_workers, native.num_sms(device))
+        stream = handle
     raw.run_checked(arguments, stream, num_ctas, spin_timeout_ns)
     return out, lse
 
@@ -230,10 +235,43 @@ def _prepare(
     plan: Plan | None,
     check_seq_lens: bool,
 ) -> _Call:
-    q_v, q_rot = _split("q", q, ["B", "s_q", "H"])
-    v, k_rot = _split_cache(kv_cache)
+    layouts = (_layouts(q), _layouts(kv_cache), checks.layout(block_table))
+    if layouts not in _passed:
+        _check_inputs(q, kv_cache, block_table)
+        checks.remember(_passed, layouts, None)
+    q_v, q_rot = _split(q)
+    v, k_rot = _split(_without_head(kv_cache))
+    batch, new_tokens, num_heads, _ = q_v.shape
+
+    if plan is not None and not isinstance(plan, Plan):
+        raise DtypeError(f"plan: expected a mla_decode.Plan, got {type(plan).__name__}")
+    on_gpu = isinstance(seq_lens, torch.Tensor) and seq_lens.is_cuda
+    if plan is None or not on_gpu or check_seq_lens:
+        lengths = host_seq_lens(seq_lens, None if plan is None else plan.seq_lens)
+        if lengths.size != batch:
+            raise ShapeError(f"seq_lens: expected shape [{batch}] as q, got [{lengths.size}]")
+        if plan is not None:
+            plan.require_seq_lens(lengths)
+    if plan is None:
+        plan = _plans.get(lengths, num_heads, new_tokens, None, q_v.device)
+    plan.require_fits(batch, new_tokens, num_heads)
+    plan.require_capacity(block_table.shape[1], v.shape[1])
+    return _Call(q_v, q_rot, v, k_rot, plan)
+
+
+def _layouts(value: TensorOrPair) -> Hashable:
+    return tuple(map(checks.layout, value)) if isinstance(value, tuple) else checks.layout(value)
+
+
+def _check_inputs(q: TensorOrPair, kv_cache: TensorOrPair, block_table: torch.Tensor) -> None:
+    """Check the tensors that the caller sees, by the names that the caller gave them."""
+    _check_widths("q", q, ["B", "s_q", "H"])
+    _check_cache_dims(kv_cache)
+    _check_widths("kv_cache", _without_head(kv_cache), ["num_blocks", "block_size"])
     table = checks.require_tensor("block_table", block_table)
-    batch, new_tokens, num_heads = (int(size) for size in q_v.shape[:3])
+    q_v, _ = _split(q)
+    v, _ = _split(_without_head(kv_cache))
+    batch, new_tokens, num_heads, _ = q_v.shape
     require_supported_query(num_heads, new_tokens)
     require_supported_block_size("kv_cache", int(v.shape[1]))
     checks.require_dtype("q", q_v, torch.bfloat16)
@@ -243,62 +281,47 @@ def _prepare(
     checks.require_device("block_table", table, q_v.device)
     checks.require_shape("block_table", table, [batch, "max_blocks"])
 
-    if plan is not None and not isinstance(plan, Plan):
-        raise DtypeError(f"plan: expected a mla_decode.Plan, got {type(plan).__name__}")
-    on_gpu = isinstance(seq_lens, torch.Tensor) and seq_lens.is_cuda
-    if plan is None or not on_gpu or check_seq_lens:
-        lengths = host_seq_lens(seq_lens)
-        if lengths.size != batch:
-            raise ShapeError(f"seq_lens: expected shape [{batch}] as q, got [{lengths.size}]")
-        if plan is not None:
-            plan.require_seq_lens(lengths)
-    if plan is None:
-        plan = _plans.get(lengths, num_heads, new_tokens, None, q_v.device)
-    plan.require_fits(batch, new_tokens, num_heads)
-    longest, capacity = int(plan.seq_lens.max()), int(table.shape[1]) * int(v.shape[1])
-    if longest > capacity:
-        raise RangeError(
-            f"seq_lens: expected at most {capacity} ({table.shape[1]} blocks of {v.shape[1]} "
-            f"tokens in block_table), got {longest}"
-        )
-    return _Call(q_v, q_rot, v, k_rot, plan)
+
+def _check_widths(name: str, value: TensorOrPair, leading: list[int | str]) -> None:
+    """Check a tensor 576 wide, or a pair of one 512 wide and one 64 wide."""
+    if not isinstance(value, tuple):
+        tensor = checks.require_tensor(name, value)
+        checks.require_shape(name, tensor, [*leading, LATENT_DIM + ROPE_DIM])
+        return
+    if len(value) != 2:
+        raise ShapeError(f"{name}: expected a tensor or a pair, got a tuple of {len(value)}")
+    wide = checks.require_tensor(f"{name}[0]", value[0])
+    narrow = checks.require_tensor(f"{name}[1]", value[1])
+    checks.require_shape(f"{name}[0]", wide, [*leading, LATENT_DIM])
+    checks.require_shape(f"{name}[1]", narrow, [*wide.shape[:-1], ROPE_DIM])
 
 
-def _split(
-    name: str, value: TensorOrPair, leading: list[int | str]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 512 wide and the 64 wide part of a tensor or a pair."""
-    if isinstance(value, tuple):
-        if len(value) != 2:
-            raise ShapeError(f"{name}: expected a tensor or a pair, got a tuple of {len(value)}")
-        wide = checks.require_tensor(f"{name}[0]", value[0])
-        narrow = checks.require_tensor(f"{name}[1]", value[1])
-        checks.require_shape(f"{name}[0]", wide, [*leading, LATENT_DIM])
-        checks.require_shape(f"{name}[1]", narrow, [*wide.shape[:-1], ROPE_DIM])
-        return wide, narrow
-    tensor = checks.require_tensor(name, value)
-    checks.require_shape(name, tensor, [*leading, LATENT_DIM + ROPE_DIM])
-    return tensor[..., :LATENT_DIM], tensor[..., LATENT_DIM:]
-
-
-def _split_cache(kv_cache: TensorOrPair) -> tuple[torch.Tensor, torch.Tensor]:
-    """The latent and the rope part, without the dimension of the single KV head."""
-
-    def squeeze(name: str, part: torch.Tensor) -> torch.Tensor:
+def _check_cache_dims(kv_cache: TensorOrPair) -> None:
+    """Check that a fourth dimension of the cache is that of a single KV head."""
+    pair = isinstance(kv_cache, tuple)
+    for i, part in enumerate(kv_cache if isinstance(kv_cache, tuple) else (kv_cache,)):
+        name = f"kv_cache[{i}]" if pair else "kv_cache"
         tensor = checks.require_tensor(name, part)
         if tensor.dim() == 4:
             checks.require_shape(name, tensor, ["num_blocks", "block_size", 1, tensor.shape[3]])
-            return tensor.squeeze(2)
-        return tensor
 
-    leading: list[int | str] = ["num_blocks", "block_size"]
-    if isinstance(kv_cache, tuple) and len(kv_cache) == 2:
-        latent, rope = kv_cache
-        pair = squeeze("kv_cache[0]", latent), squeeze("kv_cache[1]", rope)
-        return _split("kv_cache", pair, leading)
-    if not isinstance(kv_cache, tuple):
-        kv_cache = squeeze("kv_cache", kv_cache)
-    return _split("kv_cache", kv_cache, leading)
+
+def _split(value: TensorOrPair) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 512 wide and the 64 wide part of a tensor or a pair."""
+    if isinstance(value, tuple):
+        return value
+    return value[..., :LATENT_DIM], value[..., LATENT_DIM:]
+
+
+def _without_head(kv_cache: TensorOrPair) -> TensorOrPair:
+    """The cache without the dimension of its single KV head."""
+
+    def squeeze(part: torch.Tensor) -> torch.Tensor:
+        return part.squeeze(2) if part.dim() == 4 else part
+
+    if isinstance(kv_cache, tuple):
+        return cast(TensorOrPair, tuple(map(squeeze, kv_cache)))
+    return squeeze(kv_cache)
 
 
 def _outputs(

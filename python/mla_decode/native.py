@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
 import torch
 
-from .arguments import KernelArguments
+from .arguments import Geometry, KernelArguments
 from .errors import DeviceError, MegakernelTimeout, RangeError, UnsupportedError
 
 _import_error = ""
@@ -14,6 +18,8 @@ except ImportError as error:
     _import_error = str(error)
 
 REQUIRED_CAPABILITY = (9, 0)  # Hopper: wgmma exists nowhere else
+
+_able: dict[torch.device, int] = {}  # index of each device that was found to be able
 
 
 def is_built() -> bool:
@@ -39,6 +45,8 @@ def require(device: torch.device) -> int:
     UnsupportedError
         The extension is not built, or the machine or this GPU cannot run it.
     """
+    if device in _able:
+        return _able[device]
     if device.type != "cuda":
         raise DeviceError(f"device: expected cpu or cuda, got {device}")
     index = torch.cuda.current_device() if device.index is None else device.index
@@ -51,55 +59,35 @@ def require(device: torch.device) -> int:
             f"{device}: expected a Hopper GPU (compute capability 9.0), got "
             f"{torch.cuda.get_device_name(device)} ({capability[0]}.{capability[1]})"
         )
+    if device.index is not None:
+        _able[device] = index
     return index
 
 
+@cache
 def num_sms(device: torch.device) -> int:
     """Number of SMs of a CUDA device."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def tensor_ref(tensor: torch.Tensor) -> tuple[int, list[int], list[int]]:
-    """Pointer, sizes and strides (in elements) as the extension takes them.
-
-    The stride of a dimension of size 1 means nothing to torch and may be anything;
-    the TMA still checks it, so it is replaced by that of a dense tensor.
-    """
-    sizes, strides = list(tensor.shape), list(tensor.stride())
-    dense = 1
-    for dim in reversed(range(len(sizes))):
-        if sizes[dim] == 1:
-            strides[dim] = dense
-        dense = max(dense, strides[dim] * sizes[dim])
-    return tensor.data_ptr(), sizes, strides
-
-
 def launch(
-    arguments: KernelArguments, stream: int, num_ctas: int, spin_timeout_ns: int, device: int
+    arguments: KernelArguments,
+    geometries: Sequence[Geometry | None],
+    stream: int,
+    num_ctas: int,
+    spin_timeout_ns: int,
+    device: int,
 ) -> None:
-    """Enqueue one kernel. The arguments must have been checked."""
-    a = arguments
-    _kernels.mla_decode(
-        tensor_ref(a.instructions),
-        None if a.timings is None else tensor_ref(a.timings),
-        tensor_ref(a.global_instruction_index),
-        tensor_ref(a.q_rot),
-        tensor_ref(a.q_v),
-        tensor_ref(a.k_rot),
-        tensor_ref(a.v),
-        tensor_ref(a.table),
-        tensor_ref(a.o),
-        tensor_ref(a.o_scratch),
-        tensor_ref(a.lvec_scratch),
-        tensor_ref(a.completion_flag),
-        float(a.softmax_scale),
-        a.tic,
-        None if a.lse is None else tensor_ref(a.lse),
-        stream,
-        num_ctas,
-        spin_timeout_ns,
-        device,
-    )
+    """Enqueue one kernel. ``geometries`` are what the arguments' check returned."""
+    references = [
+        None if tensor is None or geometry is None else (tensor.data_ptr(), *geometry)
+        for tensor, geometry in zip(arguments.tensors(), geometries, strict=True)
+    ]
+    lse = references.pop()
+    numbers = (float(arguments.softmax_scale), arguments.tic)
+    launched_on = (stream, num_ctas, spin_timeout_ns, device)
+    values: Any = (*references, *numbers, lse, *launched_on)
+    _kernels.mla_decode(*values)
 
 
 def raise_pending(device: torch.device) -> None:

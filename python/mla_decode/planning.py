@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,9 @@ class Plan:
     start_us: npt.NDArray[np.float32]
     end_us: npt.NDArray[np.float32]
     """``[n]`` predicted times, microseconds from the launch."""
-    _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+    _on_device: dict[torch.device, torch.Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def batch(self) -> int:
@@ -124,6 +127,9 @@ class Plan:
 
     def to(self, device: torch.device | str) -> torch.Tensor:
         """The words as a ``[n, 32]`` int32 tensor on ``device``; copied once and kept."""
+        if isinstance(device, torch.device) and device in self._on_device:
+            return self._on_device[device]
+        # An empty tensor resolves "cuda" to the current device.
         key = torch.empty(0, device=device).device
         if key not in self._on_device:
             if key.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -138,6 +144,26 @@ class Plan:
         """A new workspace of the size that this plan needs."""
         return Workspace(device, self.num_slots, self.new_tokens, self.num_heads)
 
+    @cached_property
+    def _longest(self) -> int:
+        """The longest request's KV length."""
+        return int(self.seq_lens.max())
+
+    def require_capacity(self, max_blocks: int, block_size: int) -> None:
+        """Check that a row of the block table can name the longest request's blocks.
+
+        Raises
+        ------
+        RangeError
+            It cannot.
+        """
+        capacity = max_blocks * block_size
+        if self._longest > capacity:
+            raise RangeError(
+                f"seq_lens: expected at most {capacity} ({max_blocks} blocks of {block_size} "
+                f"tokens in block_table), got {self._longest}"
+            )
+
     def require_fits(self, batch: int, new_tokens: int, num_heads: int) -> None:
         """Check that the plan was made for a call of these sizes.
 
@@ -146,12 +172,10 @@ class Plan:
         ScheduleError
             It was made for others.
         """
-        made_for = {
-            "requests": (self.batch, batch),
-            "new_tokens": (self.new_tokens, new_tokens),
-            "num_heads": (self.num_heads, num_heads),
-        }
-        for name, (planned, called) in made_for.items():
+        made_for = (self.batch, self.new_tokens, self.num_heads)
+        sizes = (batch, new_tokens, num_heads)
+        names = ("requests", "new_tokens", "num_heads")
+        for name, planned, called in zip(names, made_for, sizes, strict=True):
             if planned != called:
                 raise ScheduleError(f"plan: made for {planned} {name}, the call has {called}")
 
@@ -163,6 +187,8 @@ class Plan:
         ScheduleError
             Names the first request that differs.
         """
+        if seq_lens is self.seq_lens:
+            return
         if self.seq_lens.shape != seq_lens.shape:
             raise ScheduleError(
                 f"plan: made for {self.batch} requests, seq_lens has {seq_lens.size}"

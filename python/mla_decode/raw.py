@@ -193,7 +193,7 @@ def run_checked(
     check_queue: bool = True,
 ) -> None:
     """Check everything, then launch or interpret; see `mla_decode`."""
-    arguments.check()
+    geometries = arguments.check()
     checks.require_int("num_ctas", num_ctas, 0, 1 << 16)
     checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, 1 << 62)
     device = arguments.device
@@ -213,7 +213,7 @@ def run_checked(
     if check_queue:
         _check_device_queue(arguments.instructions, arguments.limits())
     native.raise_pending(device)
-    native.launch(arguments, handle, num_ctas, spin_timeout_ns, index)
+    native.launch(arguments, geometries, handle, num_ctas, spin_timeout_ns, index)
 
 
 def _check_device_queue(instructions: torch.Tensor, limits: QueueLimits) -> None:

@@ -10,6 +10,8 @@ from . import checks
 from .errors import DeviceError, UnsupportedError
 from .words import LATENT_DIM, QUEUE_STATE_WORDS
 
+_MAX_VIEWS = 256  # kept by a workspace; a decoding loop sees few sizes
+
 
 @dataclass(frozen=True)
 class WorkspaceViews:
@@ -63,6 +65,7 @@ class Workspace:
         self._lvec = torch.empty(0, dtype=torch.float32, device=self.device)
         self._flags = torch.empty(0, dtype=torch.int32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
+        self._views: dict[tuple[int, int, int], WorkspaceViews] = {}
         self.views(num_slots, new_tokens, num_heads)
 
     @property
@@ -73,17 +76,25 @@ class Workspace:
 
     def views(self, num_slots: int, new_tokens: int, num_heads: int) -> WorkspaceViews:
         """Tensors of the given sizes, growing the buffers where they are too small."""
+        sizes = (num_slots, new_tokens, num_heads)
+        return self._views.get(sizes) or self._make_views(*sizes)
+
+    def _make_views(self, num_slots: int, new_tokens: int, num_heads: int) -> WorkspaceViews:
         rows = num_slots * new_tokens * num_heads
         self._o = self._grown(self._o, rows * LATENT_DIM)
         self._lvec = self._grown(self._lvec, rows)
         self._flags = self._grown(self._flags, num_slots * new_tokens, zero=True)
-        return WorkspaceViews(
+        made = WorkspaceViews(
             self._queue_state,
             self._o[: rows * LATENT_DIM].view(num_slots, new_tokens, num_heads, LATENT_DIM),
             self._lvec[:rows].view(num_slots, new_tokens, num_heads),
             # Flags of an earlier layout are harmless: they are of an earlier epoch.
             self._flags[: num_slots * new_tokens].view(num_slots, new_tokens),
         )
+        if len(self._views) >= _MAX_VIEWS:
+            self._views.clear()
+        self._views[num_slots, new_tokens, num_heads] = made
+        return made
 
     def poison(self) -> None:
         """Fill the scratch with NaN, so that a value read before it is written shows."""
@@ -101,6 +112,7 @@ class Workspace:
         self._refuse_capture()
         if buffer.numel():
             self._outgrown.append(buffer)
+        self._views.clear()  # of the smaller buffers
         size = max(numel, 2 * buffer.numel())  # doubling bounds what is outgrown by what is used
         make = torch.zeros if zero else torch.empty
         grown = make(size, dtype=buffer.dtype, device=buffer.device)

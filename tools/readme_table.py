@@ -1,0 +1,104 @@
+"""Writes the measured table of README.md from the newest file of benchmarks/results.
+
+python tools/readme_table.py [--check]
+
+The table stands between the markers ``<!-- results -->`` and ``<!-- /results -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.shapes import BYTES_PER_US, FLOP_PER_US, LAUNCH_US, SHAPES  # noqa: E402
+from tools.results import FOLDER, result_files  # noqa: E402
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+OURS = "mla_decode"
+PEERS = {"flash_mla": "FlashMLA", "flashinfer_fa3": "FlashInfer"}
+NOT_MEASURED = "Not measured yet: `make gpu-check` on a Hopper GPU, then `tools/readme_table.py`."
+
+
+class TableError(ValueError):
+    """README has no place for the table, or not the table that belongs there."""
+
+
+def newest(folder: Path = FOLDER) -> dict[str, Any] | None:
+    """Return the results of the latest date; None if there are none."""
+    records: list[dict[str, Any]] = [json.loads(path.read_text()) for path in result_files(folder)]
+    return max(records, key=lambda record: record["date"], default=None)
+
+
+def is_compute_bound(name: str) -> bool:
+    shape = SHAPES.get(name)
+    if shape is None:
+        return False
+    return shape.flop / FLOP_PER_US > LAUNCH_US + shape.bytes / BYTES_PER_US
+
+
+def rate(row: dict[str, Any]) -> str:
+    """Return what bounds the shape: GB/s of a stream, TFLOP/s of arithmetic."""
+    if is_compute_bound(row["shape"]):
+        return f"{row['tflops']:.0f} TFLOP/s"
+    return f"{row['gbps']:.0f} GB/s"
+
+
+def table(record: dict[str, Any] | None) -> str:
+    """Return what stands between the markers."""
+    if record is None:
+        return NOT_MEASURED
+    by_impl: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in record["benchmark"]:
+        by_impl.setdefault(row["impl"], {})[row["shape"]] = row
+    header = ["shape", "us", "rate", "x floor", *(f"{name}, us" for name in PEERS.values())]
+    lines = [
+        f"{record['device']}, {record['date']}, commit {record['commit'][:12]}, "
+        f"torch {record['torch']}, CUDA {record['cuda']}. In brackets: how many times as long as "
+        "ours.",
+        "",
+        f"| {' | '.join(header)} |",
+        f"|---|{'---:|' * (len(header) - 1)}",
+    ]
+    for shape, row in by_impl.get(OURS, {}).items():
+        cells = [shape, f"{row['us']:.1f}", rate(row), f"{row['us'] / row['floor_us']:.2f}"]
+        for impl in PEERS:
+            peer = by_impl.get(impl, {}).get(shape)
+            cells.append(f"{peer['us']:.1f} ({peer['us'] / row['us']:.2f})" if peer else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def rewritten(readme: str, text: str) -> str:
+    """Return ``readme`` with ``text`` between its markers."""
+    if (
+        readme.count(BEGIN) != 1
+        or readme.count(END) != 1
+        or readme.index(END) < readme.index(BEGIN)
+    ):
+        raise TableError(f"README.md: expected one {BEGIN} and, after it, one {END}")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="write README's table of results")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
+    arguments = parser.parse_args(argv)
+    readme = README.read_text(encoding="utf-8")
+    wanted = rewritten(readme, table(newest()))
+    if arguments.check:
+        print("README's table is " + ("current" if wanted == readme else "stale"))
+        return 0 if wanted == readme else 1
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
