@@ -208,6 +208,12 @@ struct MlaPartial {
             } else {
                 Warpgroup<kRight>(g, state, o, rows).attend();
             }
+            // Each warpgroup has summed the tiles that it scored itself.
+            Scratch& shared = scratch(state);
+            rows.publish_sum(shared.row_sum[half]);
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+            rows.add_sum(shared.row_sum[half ^ 1]);
+
             stage_output(g, state, half, o, rows);
             mk::ptx::fence_proxy_async_smem();
             arrive_per_warp(state, kOutputStaged + half);
@@ -228,6 +234,9 @@ struct MlaPartial {
         };
         static_assert(sizeof(Scratch) <= Config::kScratchBytes);
 
+        __device__ static Scratch& scratch(const State& state) {
+            return *reinterpret_cast<Scratch*>(state.scratch());
+        }
         __device__ static uint32_t page_address(const State& state, int logical) {
             return mk::ptx::smem_address(state.page(logical));
         }
@@ -304,10 +313,6 @@ struct MlaPartial {
                         has_odd ? right_pair(pair) : right_single(2 * pair);
                     }
                 }
-                // Each warpgroup has summed the tiles that it scored itself.
-                rows.publish_sum(scratch().row_sum[kHalf]);
-                barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-                rows.add_sum(scratch().row_sum[kHalf ^ 1]);
             }
 
             // ---- one pair of tiles ------------------------------------------------------
@@ -387,13 +392,9 @@ struct MlaPartial {
 
             // ---- its steps ----------------------------------------------------------------
 
-            __device__ Scratch& scratch() const {
-                return *reinterpret_cast<Scratch*>(state.scratch());
-            }
+            __device__ Scratch& scratch() const { return Consumer::scratch(state); }
             // Shared-memory addresses.
-            __device__ uint32_t page(int logical) const {
-                return page_address(state, logical);
-            }
+            __device__ uint32_t page(int logical) const { return page_address(state, logical); }
             __device__ uint32_t half_page(int tile) const {
                 return page(kv_page(tile % kStages, kHalf));
             }

@@ -34,7 +34,7 @@ struct MlaReduction {
 
     enum Semaphore {
         kPagesGranted = 0,
-        kInputsVisible,                   // the inputs' flags are up: LSEs may be read
+        kInputsVisible,                       // the inputs' flags are up: LSEs may be read
         kResultStored,                        // consumers have written their part
         kUnitFull,                            // + page
         kUnitEmpty = kUnitFull + kUnitPages,  // + page

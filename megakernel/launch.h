@@ -114,8 +114,19 @@ void launch(const Globals& globals, int num_ctas, int device, cudaStream_t strea
             prepared[device] = true;
         }
     }
-    kernel<<<num_ctas, Config::kNumThreads, kSmemBytes, stream>>>(globals);
-    check_cuda(cudaGetLastError(), "megakernel launch");
+    // Its CTAs may come up while the last kernel of the stream drains: they wait for it before
+    // they read anything.
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(num_ctas);
+    config.blockDim = dim3(Config::kNumThreads);
+    config.dynamicSmemBytes = kSmemBytes;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    check_cuda(cudaLaunchKernelEx(&config, kernel, globals), "megakernel launch");
 }
 
 }  // namespace mk

@@ -9,7 +9,7 @@
 namespace mk {
 
 template <class Config>
-__device__ void init_control_block(const MegakernelArgs& args) {
+__device__ void init_control_block() {
     ControlBlock<Config>& control = control_block<Config>();
     for (int slot = 0; slot < Config::kInstructionRing; ++slot) {
         ptx::mbar_init(ptx::smem_address(&control.decoded[slot]), 1);
@@ -20,8 +20,6 @@ __device__ void init_control_block(const MegakernelArgs& args) {
         ptx::mbar_init(ptx::smem_address(&control.page_free[page]), Config::kPageReleaseArrivals);
     }
     control.failure.raised = 0;
-    // Every launch has an epoch of its own: later than the last one's by 1 + tic.
-    control.epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
     ptx::fence_mbar_init();
 }
 
@@ -37,11 +35,19 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     const auto role = warp < Config::kNumConsumerWarps
                           ? Role::kConsumer
                           : static_cast<Role>(warp - Config::kNumConsumerWarps + 1);
-    // Two round trips to memory, side by side: the epoch and the first instruction.
+    // Up to the wait nothing that an earlier kernel may have written is touched.
+    ptx::allow_next_kernel();
+    if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
+    if (threadIdx.x == 0) init_control_block<Config>();
+    ptx::wait_for_earlier_kernels();
+
+    // Two round trips to memory, side by side: the first instruction, and the epoch. Every launch
+    // has an epoch of its own, later than the last one's by 1 + tic.
     int32_t first_word = 0;
     if (role == Role::kController) first_word = fetch_word(args, blockIdx.x);
-    if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
-    if (threadIdx.x == 0) init_control_block<Config>(args);
+    if (threadIdx.x == 0) {
+        control_block<Config>().epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
+    }
     __syncthreads();
 
     if (role == Role::kConsumer) {

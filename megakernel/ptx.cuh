@@ -217,6 +217,16 @@ __device__ __forceinline__ void lower_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Programmatic dependent launch. What the kernels before this one wrote may be read after the
+// wait; it returns at once when the launch was an ordinary one.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+// The next kernel of the stream may take the SMs that this one leaves, up to its own wait.
+__device__ __forceinline__ void allow_next_kernel() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
 __device__ __forceinline__ uint64_t global_time_ns() {
     uint64_t time;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));

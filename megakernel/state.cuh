@@ -92,7 +92,8 @@ class State {
         if (seen == epoch) return true;
         const uint32_t start = coarse_time();
         do {
-            if (watchdog_.expired(start, slot(), WaitKind::kDoneFlag, index, epoch, seen)) {
+            if (watchdog_.expired(start, slot(), WaitKind::kDoneFlag, index, epoch, seen))
+                [[unlikely]] {
                 return false;
             }
             seen = ptx::load_acquire_gpu(flag);
@@ -131,7 +132,8 @@ class State {
     __device__ const Watchdog<Config>& watchdog() const { return watchdog_; }
 
     __device__ bool wait_local(uint32_t mbar, uint32_t parity, WaitKind kind, int index) const {
-        if (ptx::mbar_try_wait(mbar, parity)) return true;
+        if (ptx::mbar_try_wait(mbar, parity)) [[likely]]
+            return true;
         const uint32_t start = coarse_time();
         while (!ptx::mbar_try_wait(mbar, parity)) {
             if (watchdog_.expired(start,
@@ -139,7 +141,7 @@ class State {
                                   kind,
                                   index,
                                   static_cast<int>(parity),
-                                  static_cast<int>(parity ^ 1))) {
+                                  static_cast<int>(parity ^ 1))) [[unlikely]] {
                 return false;
             }
         }

@@ -28,9 +28,11 @@ class Watchdog {
     // not its echo.
     __device__ __forceinline__ bool expired(
         uint32_t start, int slot, WaitKind kind, int index, int expected, int seen) const {
-        if (failed()) return true;
+        if (failed()) [[unlikely]]
+            return true;
         const uint32_t elapsed = coarse_time() - start;
-        if (elapsed < kQuietUnits) return false;
+        if (elapsed < kQuietUnits) [[likely]]
+            return false;
         const uint32_t limit =
             kind == WaitKind::kDoneFlag ? args_.timeout_us : 2 * args_.timeout_us;
         const bool other_failed =

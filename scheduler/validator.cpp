@@ -147,6 +147,12 @@ class Validator {
         if (num_rows == 0) num_rows = num_rows_left - row_begin;
         check_in(rules::kRows, "num_rows", num_rows, 1, kMaxRows + 1);
         check_in(rules::kRows, "the last row", row_begin + num_rows - 1, 0, num_rows_left);
+        // The kernel moves whole row groups: fewer rows would overwrite those behind them.
+        const int64_t group = std::min<int64_t>(kMaxRows, int64_t{new_tokens_} * num_heads_);
+        check(num_rows == std::min(group, num_rows_left - row_begin), rules::kRows, [&] {
+            return "num_rows is " + to_string(num_rows) + ", neither a row group of " +
+                   to_string(group) + " nor all rows that are left";
+        });
 
         const int32_t length = words_[PartialWords::kLength];
         check(length == seq_lens_[request], rules::kLength, [&] {

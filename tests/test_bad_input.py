@@ -267,7 +267,7 @@ RAW = {
     "scale nan": (
         replaced("softmax_scale", lambda _: math.nan),
         RangeError,
-        "softmax_scale: expected a finite number, got nan",
+        "softmax_scale: expected a finite number above 0, got nan",
     ),
     "tic negative": (
         replaced("tic", lambda _: -1),
@@ -602,7 +602,7 @@ DECODE = {
     "scale": (
         lambda c: {"softmax_scale": math.inf},
         RangeError,
-        "softmax_scale: expected a finite number, got inf",
+        "softmax_scale: expected a finite number above 0, got inf",
     ),
     "out shape": (
         lambda c: {"out": torch.zeros(2, 2, 8, 576, dtype=BF16)},

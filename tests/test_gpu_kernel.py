@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mla_decode
+import numpy as np
 import pytest
 import torch
 from mla_decode import interpreter, native, timeline
@@ -17,7 +18,7 @@ from mla_decode.errors import (
 )
 from mla_decode.measure import timing_records
 from mla_decode.reference import Case, attention, compare, make_case
-from mla_decode.words import Noop, Partial, Reduction
+from mla_decode.words import INSTRUCTION_WORDS, Noop, Partial, Reduction
 
 from tests.support import Launch, pack, same_bits
 
@@ -177,16 +178,50 @@ def test_queue_of_noops_runs_and_leaves_a_record_each(count: int) -> None:
     assert bool(launch.o.isnan().all()), "a no-op wrote the output"
 
 
-def test_end_mark_ends_the_queue() -> None:
+def test_end_marks_end_the_queue() -> None:
     case = make_case([64], 8, device="cuda")
-    words = pack(Noop(uid=0), Noop(uid=1), Partial(2, 0, 0, 0, 64, 64))
+    ended = np.full((300, INSTRUCTION_WORDS), -1, dtype=np.int32)
+    words = np.concatenate([pack(Noop(uid=1), Partial(0, 0, 0, 0, 64, 64)), ended])
+    launch = Launch.of(case, words, num_slots=1)
+    for _ in range(2):
+        launch.poison()
+        launch.run()
+        mla_decode.synchronize()
+        assert compare(launch.o, launch.lse, *attention(case)).passed
+
+
+def test_what_stands_behind_the_end_mark_does_not_run() -> None:
+    case = make_case([64], 8, device="cuda")
+    words = pack(Noop(uid=0), Noop(uid=1), Partial(2, 0, 0, 0, 64, 64), Noop(uid=3))
     words[1, 0] = -1
+    words[3] = 77  # no opcode at all
     launch = Launch.of(case, words, num_slots=1)
     launch.run()
     mla_decode.synchronize()
     assert bool(launch.o.isnan().all())
+
+
+@pytest.mark.parametrize("num_heads, new_tokens", [(16, 2), (8, 1), (16, 4)])
+def test_launches_in_a_row_over_mixed_queues_give_the_same_bits(
+    num_heads: int, new_tokens: int
+) -> None:
+    """Partials and reductions in turn on every CTA, launches back to back.
+
+    A role that waited for a page without having seen every earlier holder of it went ahead too
+    early here, and the page was released twice.
+    """
+    lengths = [64 * (1 + 7 * i % 40) + i for i in range(120)]
+    case = make_case(lengths, num_heads, new_tokens, device="cuda")
+    plan = mla_decode.plan(lengths, num_heads, new_tokens, policy="fixed", split_tiles=8)
+    launch = Launch.of_plan(case, plan)
     launch.run()
     mla_decode.synchronize()
+    first = launch.o.clone()
+    assert compare(first, launch.lse, *attention(case)).passed
+    for _ in range(300):
+        launch.run(check_queue=False)
+    mla_decode.synchronize()
+    assert same_bits(first, launch.o)
 
 
 def test_nothing_is_written_outside_the_plans_slots() -> None:

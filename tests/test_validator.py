@@ -135,6 +135,7 @@ VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
     ("rows", "negative count", set_word(WHOLE, 10, -1)),
     ("rows", "too many", set_word(WHOLE, 10, 33)),
     ("rows", "overflow", set_word(WHOLE, 10, INT32_MAX)),
+    ("rows", "part of a group", set_word(WHOLE, 10, 31)),
     ("length", "too long", set_word(WHOLE, 8, 65)),
     ("length", "another request's", set_word(EARLY, 8, 64)),
     ("kv-range", "empty", set_word(EARLY, 7, 0)),
@@ -160,7 +161,7 @@ VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
     ("input-request", "two requests", set_words(LATE, partial(1, slot(1), 1, (0, 64), 64, (0, 0)))),
     ("input-rows", "token", set_word(INNER, 4, 0)),
     ("input-rows", "columns", set_words(INNER, reduction(6, 0, 1, [2], cols=(0, 320)))),
-    ("input-rows", "heads", set_word(EARLY, 10, 15)),
+    ("input-rows", "heads", set_words(EARLY, partial(0, slot(0), 0, (0, 64), 130, (1, 31)))),
     ("read-once", "overlapping slices", set_words(HIGH_HEADS, reduction(5, 0, 0, [0, 1], (7, 9)))),
     ("read-once", "twice in one", set_words(LOW_HEADS, reduction(4, 0, 0, [0, 0], (0, 8)))),
     ("output-once", "two partials", append(partial(9, 1, 1, (0, 64), 64, (16, 16)))),
@@ -170,7 +171,7 @@ VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
     ("unread", "an inner result", drop(INNER)),
     ("covered-twice", "positions", set_word(LATE, 6, 0)),
     ("uncovered", "no partial", drop(WHOLE)),
-    ("uncovered", "rows", set_word(WHOLE, 10, 31)),
+    ("uncovered", "rows", set_words(WHOLE, partial(3, 1, 1, (0, 64), 64, (1, 31)))),
     ("uncovered", "last positions", set_word(LATE, 7, 128)),
 ]
 

@@ -124,8 +124,10 @@ class KernelArguments:
         if not isinstance(self.softmax_scale, float | int) or isinstance(self.softmax_scale, bool):
             kind = type(self.softmax_scale).__name__
             raise DtypeError(f"softmax_scale: expected a float, got {kind}")
-        if not math.isfinite(self.softmax_scale):
-            raise RangeError(f"softmax_scale: expected a finite number, got {self.softmax_scale}")
+        if not (math.isfinite(self.softmax_scale) and self.softmax_scale > 0):
+            raise RangeError(
+                f"softmax_scale: expected a finite number above 0, got {self.softmax_scale}"
+            )
         tensors = self.tensors()
         layouts = tuple([checks.layout(tensor) for tensor in tensors])
         known = _passed.get(layouts)

@@ -64,10 +64,14 @@ def require(device: torch.device) -> int:
     return index
 
 
-@cache
 def num_sms(device: torch.device) -> int:
     """Number of SMs of a CUDA device."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return _num_sms(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _num_sms(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def launch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import MutableMapping
+from typing import TypeAlias
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -11,12 +12,14 @@ from . import checks, interpreter, native
 from .arguments import KernelArguments
 from .errors import DeviceError, RangeError, UnsupportedError
 from .queue_check import QueueLimits, check_words
+from .words import INSTRUCTION_WORDS, queue_length
 
 # Far above any honest wait (a launch takes milliseconds), far below a driver's watchdog.
 DEFAULT_SPIN_TIMEOUT_NS = 2_000_000_000
 
-# Queues on a GPU that were copied back and checked: (tensor version, limits) by tensor.
-_checked_queues: MutableMapping[torch.Tensor, tuple[int, QueueLimits]] = WeakIdKeyDictionary()
+# Queues on a GPU that were copied back and checked: ((tensor version, limits), length) by tensor.
+_CheckedQueues: TypeAlias = MutableMapping[torch.Tensor, tuple[tuple[int, QueueLimits], int]]
+_checked_queues: _CheckedQueues = WeakIdKeyDictionary()
 
 
 def mla_decode(
@@ -88,7 +91,7 @@ def mla_decode(
     check_queue : bool
         Check the words against the tensors. For a CUDA queue this copies it to the host,
         which waits for the stream, once per tensor, version and sizes. Pass False only for a
-        queue that is known to be valid for these sizes.
+        queue that is known to be valid for these sizes, with nothing behind its end mark.
     num_ctas : int
         CTAs to launch, or workers to interpret with; 0 means one per SM (1 on the CPU).
     spin_timeout_ns : int
@@ -211,19 +214,26 @@ def run_checked(
         raise RangeError(f"num_ctas: expected at most {sms} (SMs of {device}), got {num_ctas}")
     handle = native.stream_handle(stream, device)
     if check_queue:
-        _check_device_queue(arguments.instructions, arguments.limits())
+        # CTAs draw tickets: they would run what stands behind an end mark, so it is not launched.
+        length = _check_device_queue(arguments.instructions, arguments.limits())
+        geometries = (([length, INSTRUCTION_WORDS], [INSTRUCTION_WORDS, 1]), *geometries[1:])
     native.raise_pending(device)
     native.launch(arguments, geometries, handle, num_ctas, spin_timeout_ns, index)
 
 
-def _check_device_queue(instructions: torch.Tensor, limits: QueueLimits) -> None:
+def _check_device_queue(instructions: torch.Tensor, limits: QueueLimits) -> int:
+    """Check the words, once per tensor, version and sizes; return how many come before the end."""
     key = (instructions._version, limits)
-    if _checked_queues.get(instructions) == key:
-        return
+    known = _checked_queues.get(instructions)
+    if known is not None and known[0] == key:
+        return known[1]
     if torch.cuda.is_current_stream_capturing():
         raise UnsupportedError(
             "instructions: a queue cannot be checked while a CUDA graph is captured; launch it "
             "once before, or pass check_queue=False"
         )
-    check_words(instructions.cpu().numpy(), limits)
-    _checked_queues[instructions] = key
+    words = instructions.cpu().numpy()
+    check_words(words, limits)
+    length = queue_length(words)
+    _checked_queues[instructions] = (key, length)
+    return length
