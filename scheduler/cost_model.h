@@ -33,6 +33,9 @@ struct CostModel {
     // The least time between two tiles of one SM, whatever the others do: a
     // 64-row tile of MMA and softmax. Fewer rows are padded to 64.
     double partial_tile_compute_us = 1.45;
+    // What every other SM that streams at the same time adds to that: loads take longer to come
+    // back from a busy memory system, long before its bandwidth is used up.
+    double partial_tile_contention_us = 0.0;
 
     // What a reduction costs besides its bytes, from its last flag seen to its result
     // stored; and the same when it follows another instruction and need not wait.
@@ -47,7 +50,8 @@ struct CostModel {
     // Time per tile of one SM while `num_streams` SMs stream and `kv_sharing` of them
     // (row groups of one request) read the same tile.
     double tile_us(int num_streams, int kv_sharing) const {
-        return std::max(partial_tile_compute_us, partial_tile_us * num_streams / kv_sharing);
+        return std::max(partial_tile_compute_us + partial_tile_contention_us * (num_streams - 1),
+                        partial_tile_us * num_streams / kv_sharing);
     }
 };
 
@@ -65,6 +69,7 @@ inline constexpr CostField kCostFields[] = {
     {"partial_store_kib_us", &CostModel::partial_store_kib_us},
     {"partial_tile_us", &CostModel::partial_tile_us},
     {"partial_tile_compute_us", &CostModel::partial_tile_compute_us},
+    {"partial_tile_contention_us", &CostModel::partial_tile_contention_us},
     {"reduction_fixed_us", &CostModel::reduction_fixed_us},
     {"reduction_next_us", &CostModel::reduction_next_us},
     {"reduction_kib_us", &CostModel::reduction_kib_us},

@@ -47,6 +47,7 @@ class _CostFields(TypedDict, total=False):
     partial_store_kib_us: float
     partial_tile_us: float
     partial_tile_compute_us: float
+    partial_tile_contention_us: float
     reduction_fixed_us: float
     reduction_next_us: float
     reduction_kib_us: float
@@ -68,7 +69,9 @@ class CostModel:
     partial_tile_us
         One 64-token KV tile, if the memory did nothing else. Streaming SMs share this.
     partial_tile_compute_us
-        The least time per tile of one SM.
+        The least time per tile of one SM, alone on the machine.
+    partial_tile_contention_us
+        What every other SM that streams adds to that.
     reduction_fixed_us, reduction_next_us
         A reduction without its bytes, after waiting, and right after another instruction.
     reduction_kib_us
@@ -84,6 +87,7 @@ class CostModel:
     partial_store_kib_us: float
     partial_tile_us: float
     partial_tile_compute_us: float
+    partial_tile_contention_us: float
     reduction_fixed_us: float
     reduction_next_us: float
     reduction_kib_us: float
