@@ -123,6 +123,7 @@ inline MlaGlobals make_globals(const DecodeArgs& a) {
     g.megakernel.timings = static_cast<int32_t*>(a.timings.data);
     g.megakernel.timeout_us = a.timeout_us;
 
+    g.kv_policy = g.s_q * g.num_heads > kMaxRows ? mk::ptx::kEvictNormal : mk::ptx::kEvictFirst;
     g.block_table = static_cast<const int32_t*>(a.table.data);
     g.table_stride = static_cast<int32_t>(a.table.strides[0]);
     g.o_ptr = static_cast<bf16*>(a.o.data);

@@ -60,6 +60,8 @@ struct MlaGlobals {
     int64_t lse_head_stride;
     int64_t lse_token_stride;
 
+    uint64_t kv_policy;  // L2 eviction: one row group reads its KV once, several share it
+
     int32_t table_stride;
     int32_t block_size;  // KV positions per block of the cache; a multiple of kKvTile
     int32_t s_q;

@@ -182,14 +182,14 @@ struct MlaPartial {
                                         row,
                                         half * kHalfBlocks,
                                         block,
-                                        mk::ptx::kEvictNormal);
+                                        g.kv_policy);
                 mk::ptx::tensor_load_3d(mk::ptx::smem_address(&page.rope),
                                         g.kv_rope,
                                         full,
                                         half * kHalfRope,
                                         row,
                                         block,
-                                        mk::ptx::kEvictNormal);
+                                        g.kv_policy);
             }
             __syncwarp();
         }

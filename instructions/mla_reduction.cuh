@@ -238,7 +238,7 @@ struct MlaReduction {
                 const int chunk = min(base + lane, num_chunks - 1);
                 const int row = chunk / chunks_per_row;
                 float4 sum = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
+#pragma unroll 9
                 for (int i = 0; i < work.num_inputs; ++i) {
                     const float weight = __shfl_sync(~0u, share, row * work.num_inputs + i);
                     const float4 value =

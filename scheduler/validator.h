@@ -22,7 +22,7 @@ inline constexpr Rule kUid{"uid", "uids are >= 0 and unique"};
 inline constexpr Rule kSlot{"slot", "a scratch slot exists and is its writer's uid"};
 inline constexpr Rule kRequest{"request", "the request exists"};
 inline constexpr Rule kToken{"token", "the token exists, and is the same at both ends"};
-inline constexpr Rule kRows{"rows", "1 to 64 rows, all of them the request's"};
+inline constexpr Rule kRows{"rows", "a whole row group, or all rows that are left of one"};
 inline constexpr Rule kLength{"length", "the length is the request's"};
 inline constexpr Rule kKvRange{"kv-range", "0 <= start < end <= length"};
 inline constexpr Rule kKvAlignment{"kv-alignment", "pieces are cut at whole tiles"};
