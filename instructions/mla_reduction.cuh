@@ -108,14 +108,14 @@ struct MlaReduction {
             const bool has_input = lane < work.num_inputs;
             const int slot = has_input ? state.word(Words::kInputs + lane) : 0;
             if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
-            if (has_input) state.wait_done_flag(g.done_flag(slot, work.token), slot);
-            __syncwarp();
+            bool ok = state.wait(kPagesGranted, 0);
+            if (has_input) ok = state.wait_done_flag(g.done_flag(slot, work.token), slot) && ok;
+            ok = __all_sync(~0u, ok);
             // The inputs may have been written by ordinary stores; the copies below are not.
             mk::ptx::fence_proxy_async_global();
             __syncwarp();
             if (lane == 0) state.arrive(kInputsVisible);
 
-            state.wait(kPagesGranted, 0);
             const float* input = g.o_scratch + work.token_row(g, slot) * kLatentDim;
             for (int unit = 0; unit < work.num_units; ++unit) {
                 const int page = unit % kUnitPages;
@@ -126,7 +126,7 @@ struct MlaReduction {
                                                    bytes * work.num_inputs);
                 }
                 __syncwarp();
-                if (has_input) {
+                if (has_input && ok) {
                     mk::ptx::bulk_load(mk::ptx::smem_address(state.page(page)) + lane * bytes,
                                        input + work.head(unit) * kLatentDim + work.first_col(unit),
                                        bytes,

@@ -31,8 +31,8 @@ struct DefaultConfig {
 
     static constexpr int kNumSmemPages = 6;
     static constexpr int kSmemPageBytes = 36 * 1024;
-    static constexpr int kScratchBytes =
-        9 * 1024 + 128;                         // the consumers' own, within one instruction
+    // The consumers' own, within one instruction.
+    static constexpr int kScratchBytes = 9 * 1024 + 128;
     static constexpr int kInstructionRing = 4;  // instructions in flight in one CTA
     static constexpr int kSemaphoresPerInstruction = 16;
 

@@ -69,7 +69,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     }
 
     __syncthreads();
+    if (control_block<Config>().failure.raised == 0) return;
     if (threadIdx.x == 0) publish_failure<Config>(args);
+    let_copies_land();
 }
 
 }  // namespace mk

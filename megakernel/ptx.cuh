@@ -56,21 +56,6 @@ __device__ __forceinline__ bool mbar_try_wait(uint32_t mbar, uint32_t parity) {
     return done != 0;
 }
 
-// The same, without waiting.
-__device__ __forceinline__ bool mbar_test_wait(uint32_t mbar, uint32_t parity) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred complete;\n"
-        "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 complete, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, complete;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(mbar), "r"(parity)
-        : "memory");
-    return done != 0;
-}
-
 // ---- copies through the asynchronous proxy ---------------------------------
 
 // Orders this thread's ordinary accesses before asynchronous-proxy ones (TMA, wgmma) that follow.

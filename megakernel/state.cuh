@@ -78,11 +78,6 @@ class State {
         return wait_local(semaphore(index), phase & 1, WaitKind::kSemaphore, index);
     }
 
-    // Whether a wait would return at once.
-    __device__ bool is_complete(int index, uint32_t phase) const {
-        return ptx::mbar_test_wait(semaphore(index), phase & 1);
-    }
-
     // ---- other CTAs -----------------------------------------------------------------
 
     // Waits until the flag carries this launch's epoch, then sees what was written before it.

@@ -67,6 +67,14 @@ class Watchdog {
     const Role role_;
 };
 
+// For the end of a failed CTA: copies that nobody waited for land before its shared memory becomes
+// another CTA's.
+__device__ inline void let_copies_land() {
+    constexpr uint32_t kUnits = 100;  // a copy takes a few microseconds
+    const uint32_t start = coarse_time();
+    while (coarse_time() - start < kUnits) __nanosleep(1000);
+}
+
 // Called by one thread once all roles have left. The first CTA of the launch to come with a
 // failure of its own writes the record.
 template <class Config>
