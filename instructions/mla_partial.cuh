@@ -216,12 +216,12 @@ struct MlaPartial {
 
             stage_output(g, state, half, o, rows);
             mk::ptx::fence_proxy_async_smem();
+            if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
             arrive_per_warp(state, kOutputStaged + half);
             if (half == kLeft) {
                 store_lse(g, state, rows);
                 arrive_per_warp(state, kLseStored);
             }
-            if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
         }
 
       private:

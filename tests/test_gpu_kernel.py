@@ -379,7 +379,10 @@ def test_timing_records_are_sane() -> None:
     drawn = timeline.measured(plan, records, "GPU")
     assert plan.floor_us / 3 < drawn.makespan_us < 20 * plan.floor_us
     for s in drawn.slices:
-        assert [p.name for p in s.phases][-1] == "store"
+        last = s.phases[-1].name
+        # The clock ticks every 32 ns. A partial's store takes longer; a reduction's storer may have
+        # nothing to do but look, and a phase without length is not drawn.
+        assert last == "store" or (last == "compute" and isinstance(s.instruction, Reduction))
         assert s.fetched_us is not None
         assert s.fetched_us <= s.start_us
         names = {p.name: p for p in s.phases}
