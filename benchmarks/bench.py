@@ -1,6 +1,8 @@
 """The benchmark: microseconds, GB/s, TFLOP/s and the multiple of the physical limit, beside peers.
 
-python -m benchmarks.bench [--shapes NAME ...] [--random N --seed S] [--impls NAME ...] [--out FILE]
+python -m benchmarks.bench [--serving] [--shapes NAME ...] [--random N --seed S] [--impls NAME ...]
+                           [--out FILE]
+python -m benchmarks.bench --planning
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import planning
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.measure import REPLAYS, Row, measure
-from benchmarks.shapes import SHAPES, Shape, random_shapes
+from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape, random_shapes
 
+ALL_SHAPES = {**SHAPES, **SERVING_SHAPES}
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "mla_decode"
 HEADER = (
@@ -53,6 +57,8 @@ def table_lines(rows: list[Row]) -> list[str]:
             text += f"{row.us:8.2f} {row.gbps:7.0f} {row.tflops:8.1f} "
             text += f"{row.us / row.shape.floor_us:8.2f} {row.rel_err:8.1e}"
             text += f"  {speedups(rows)}" if row.impl == OURS else ""
+        elif not row.error:
+            text += f"{'–':>8} {'–':>7} {'–':>8} {'–':>8} {'–':>8}"
         if row.error:
             text += f"  ** {row.error}"
         lines.append(text)
@@ -75,16 +81,20 @@ def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[R
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="MLA decode beside its peers")
-    parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(ALL_SHAPES)}")
+    parser.add_argument(
+        "--serving", action="store_true", help="block sizes, mixed batches, batch invariance"
+    )
+    parser.add_argument("--planning", action="store_true", help="planning on the GPU instead")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="random batches instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random batches")
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME")
     parser.add_argument("--replays", type=int, default=REPLAYS)
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     arguments = parser.parse_args(argv)
-    unknown = set(arguments.shapes or []) - set(SHAPES)
+    unknown = set(arguments.shapes or []) - set(ALL_SHAPES)
     if unknown:
-        parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(SHAPES)}")
+        parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(ALL_SHAPES)}")
     return arguments
 
 
@@ -94,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"bench: no CUDA GPU (torch {torch.__version__})", file=sys.stderr)
         return 2
-    chosen = [SHAPES[name] for name in arguments.shapes or ([] if arguments.random else SHAPES)]
+    if arguments.planning:
+        return planning.run(arguments.replays)
+    table = SERVING_SHAPES if arguments.serving else SHAPES
+    chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if arguments.random else table)]
     chosen += random_shapes(arguments.random, arguments.seed)
     rows = run(chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
     if arguments.out:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 
-from benchmarks.shapes import BLOCK_SIZE, HEAD_DIM, LATENT_DIM, Shape
+from benchmarks.shapes import HEAD_DIM, LATENT_DIM, Shape
 
 SOFTMAX_SCALE = 192**-0.5  # DeepSeek-V3: of the head before absorption
 MIN_COPIES, MAX_COPIES = 2, 8
@@ -36,11 +37,12 @@ class Case:
     """A shape with its tensors; index ``i`` of the lists is the i-th copy."""
 
     shape: Shape
-    q: list[torch.Tensor]  # [batch, s_q, h_q, 576] bf16
-    kv_cache: list[torch.Tensor]  # [num_blocks, 64, 1, 576] bf16
+    q: list[torch.Tensor]  # [batch, s_q, h_q, 576] bf16; of a mixed shape [tokens, h_q, 576]
+    kv_cache: list[torch.Tensor]  # [num_blocks, block_size, 1, 576] bf16
     block_table: torch.Tensor  # [batch, max_blocks] int32
     seq_lens: torch.Tensor  # [batch] int32
-    reference: list[torch.Tensor]  # [batch, s_q, h_q, 512] fp32
+    cu_seqlens_q: torch.Tensor  # [batch + 1] int32: the first token of each request
+    reference: list[torch.Tensor]  # fp32, shaped as q but 512 wide
 
     @property
     def copies(self) -> int:
@@ -55,18 +57,21 @@ def make_case(shape: Shape, device: torch.device, *, copies: int, seed: int = 0)
         tensor = torch.empty(size, dtype=torch.bfloat16, device=device)
         return tensor.normal_(generator=generator).div_(10).clamp_(-1, 1)
 
-    blocks = [math.ceil(length / BLOCK_SIZE) for length in shape.seq_lens]
+    blocks = blocks_of(shape)
     order = torch.randperm(sum(blocks), generator=generator, device=device, dtype=torch.int32)
     table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32, device=device)
     for row, own in enumerate(order.split(blocks)):
         table[row, : len(own)] = own
-    batch = len(blocks)
+    uniform = isinstance(shape.new_tokens, int)
+    leading = (len(blocks), shape.new_tokens) if uniform else (sum(shape.tokens),)
+    offsets = [0, *itertools.accumulate(shape.tokens)]
     case = Case(
         shape,
-        q=[values(batch, shape.new_tokens, shape.num_heads, HEAD_DIM) for _ in range(copies)],
-        kv_cache=[values(sum(blocks), BLOCK_SIZE, 1, HEAD_DIM) for _ in range(copies)],
+        q=[values(*leading, shape.num_heads, HEAD_DIM) for _ in range(copies)],
+        kv_cache=[values(sum(blocks), shape.block_size, 1, HEAD_DIM) for _ in range(copies)],
         block_table=table,
         seq_lens=torch.tensor(shape.seq_lens, dtype=torch.int32, device=device),
+        cu_seqlens_q=torch.tensor(offsets, dtype=torch.int32, device=device),
         reference=[],
     )
     for q, kv_cache in zip(case.q, case.kv_cache, strict=True):
@@ -74,19 +79,28 @@ def make_case(shape: Shape, device: torch.device, *, copies: int, seed: int = 0)
     return case
 
 
+def blocks_of(shape: Shape) -> list[int]:
+    """Return how many cache blocks each request has."""
+    return [math.ceil(length / shape.block_size) for length in shape.seq_lens]
+
+
 def reference(case: Case, q: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
     """Return O in float64 arithmetic, request by request, rounded to float32."""
     shape = case.shape
     out = torch.empty(*q.shape[:-1], LATENT_DIM, dtype=torch.float32, device=q.device)
-    token = torch.arange(shape.new_tokens, device=q.device)
-    for row, length in enumerate(shape.seq_lens):
-        blocks = case.block_table[row, : math.ceil(length / BLOCK_SIZE)].long()
+    by_token = out if shape.is_mixed else out.flatten(0, 1)
+    queries = q if shape.is_mixed else q.flatten(0, 1)
+    first = 0
+    for row, (length, tokens) in enumerate(zip(shape.seq_lens, shape.tokens, strict=True)):
+        own = slice(first, first + tokens)
+        first += tokens
+        blocks = case.block_table[row, : math.ceil(length / shape.block_size)].long()
         keys = kv_cache[blocks].view(-1, HEAD_DIM)[:length].double()
-        scores = (q[row].double() @ keys.T).mul_(SOFTMAX_SCALE)  # [s_q, h_q, length]
-        last_visible = length - shape.new_tokens + token
+        scores = (queries[own].double() @ keys.T).mul_(SOFTMAX_SCALE)  # [tokens, h_q, length]
+        last_visible = length - tokens + torch.arange(tokens, device=q.device)
         hidden = torch.arange(length, device=q.device)[None, :] > last_visible[:, None]
         scores.masked_fill_(hidden[:, None, :], -math.inf)
-        out[row] = (scores.softmax(dim=-1) @ keys[:, :LATENT_DIM]).float()
+        by_token[own] = (scores.softmax(dim=-1) @ keys[:, :LATENT_DIM]).float()
     return out
 
 

@@ -1,22 +1,23 @@
 """What is benchmarked: the megakernel, and the peers that are installed.
 
 An implementation prepares a case (plans, allocates). Its ``call(i)`` enqueues the operation on copy
-``i`` and returns the output ``[batch, s_q, h_q, 512]``; under CUDA-graph capture that tensor stays
-where it is, so a replay writes it again.
+``i`` and returns the output, shaped as the case's reference; under CUDA-graph capture that tensor
+stays where it is, so a replay writes it again.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.case import SOFTMAX_SCALE, Case
-from benchmarks.shapes import BLOCK_SIZE, HEAD_DIM, LATENT_DIM
+from benchmarks.case import SOFTMAX_SCALE, Case, blocks_of
+from benchmarks.shapes import HEAD_DIM, LATENT_DIM
+
+FLASH_MLA_BLOCK_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class UnavailableError(RuntimeError):
     """An implementation cannot run here; the message says why."""
 
 
+class NotOfferedError(RuntimeError):
+    """An implementation has no operation for this shape; its place in the table stays empty."""
+
+
 def import_or_explain(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -42,8 +47,14 @@ def mla_decode(case: Case) -> Prepared:
     """Prepare the megakernel: one plan for all copies, made ahead as an engine does."""
     package = import_or_explain("mla_decode", "mla_decode")
     shape = case.shape
-    plan = package.plan(list(shape.seq_lens), shape.num_heads, shape.new_tokens)
+    plan = package.plan(
+        list(shape.seq_lens),
+        shape.num_heads,
+        list(shape.tokens) if shape.is_mixed else shape.new_tokens,
+        batch_invariant=shape.batch_invariant,
+    )
     workspace = plan.workspace(case.seq_lens.device)
+    cu_seqlens_q = case.cu_seqlens_q if shape.is_mixed else None
 
     def call(i: int) -> torch.Tensor:
         out, _ = package.decode(
@@ -53,6 +64,7 @@ def mla_decode(case: Case) -> Prepared:
             case.seq_lens,
             plan=plan,
             softmax_scale=SOFTMAX_SCALE,
+            cu_seqlens_q=cu_seqlens_q,
             workspace=workspace,
         )
         return out
@@ -62,6 +74,9 @@ def mla_decode(case: Case) -> Prepared:
 
 def flash_mla(case: Case) -> Prepared:
     """Prepare FlashMLA (wheel sgl-flash-mla). The first call fills the scheduling metadata."""
+    shape = case.shape
+    if shape.block_size != FLASH_MLA_BLOCK_SIZE or shape.is_mixed or shape.batch_invariant:
+        raise NotOfferedError("flash_mla: blocks of 64, as many new tokens for all requests")
     flash = import_or_explain("flash_mla", "sgl-flash-mla")
     metadata, _ = flash.get_mla_metadata()
 
@@ -85,22 +100,23 @@ def flash_mla(case: Case) -> Prepared:
 
 def flashinfer_fa3(case: Case) -> Prepared:
     """Prepare FlashInfer's fa3 backend, which compiles its kernel at first use."""
-    mla = import_or_explain("flashinfer.mla", "flashinfer-python")
     shape, device = case.shape, case.seq_lens.device
-    batch = len(shape.seq_lens)
-    blocks = [math.ceil(length / BLOCK_SIZE) for length in shape.seq_lens]
+    if shape.batch_invariant:
+        raise NotOfferedError("flashinfer: no plan that is batch invariant")
+    mla = import_or_explain("flashinfer.mla", "flashinfer-python")
+    blocks = blocks_of(shape)
     indices = torch.cat([case.block_table[row, :n] for row, n in enumerate(blocks)])
     workspace = torch.empty(256 << 20, dtype=torch.int8, device=device)
     wrapper = mla.BatchMLAPagedAttentionWrapper(workspace, backend="fa3")
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32, device=device) * shape.new_tokens,
+        case.cu_seqlens_q,
         torch.tensor([0, *blocks], device=device).cumsum(0).int(),
         indices,
         case.seq_lens,
         shape.num_heads,
         LATENT_DIM,
         HEAD_DIM - LATENT_DIM,
-        BLOCK_SIZE,
+        shape.block_size,
         True,  # causal
         SOFTMAX_SCALE,
         torch.bfloat16,
@@ -108,13 +124,13 @@ def flashinfer_fa3(case: Case) -> Prepared:
     )
     split = [LATENT_DIM, HEAD_DIM - LATENT_DIM]
     queries = [
-        tuple(part.contiguous() for part in q.flatten(0, 1).split(split, -1)) for q in case.q
+        tuple(part.contiguous() for part in q.flatten(0, -3).split(split, -1)) for q in case.q
     ]
 
     def call(i: int) -> torch.Tensor:
         latent, rope = case.kv_cache[i].squeeze(2).split(split, -1)
         out: torch.Tensor = wrapper.run(*queries[i], latent, rope)
-        return out.view(batch, shape.new_tokens, shape.num_heads, LATENT_DIM)
+        return out.view(case.reference[i].shape)
 
     return Prepared(call)
 

@@ -24,7 +24,7 @@ from benchmarks.case import (
     number_of_copies,
     relative_error,
 )
-from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.implementations import IMPLEMENTATIONS, NotOfferedError
 from benchmarks.shapes import Shape
 
 REPLAYS = 20
@@ -34,7 +34,10 @@ MAX_REL_ERR = 3e-3  # of O against float64, relative L2
 
 @dataclass
 class Row:
-    """One line of the benchmark; ``error`` says why there is no number, or why not to trust it."""
+    """One line of the benchmark; ``error`` says why there is no number, or why not to trust it.
+
+    With neither a number nor an error, the implementation has no operation for the shape.
+    """
 
     shape: Shape
     impl: str
@@ -125,6 +128,8 @@ def measure(shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int
     for impl in impls:
         try:
             captures[impl] = Capture(case, impl, rounds)
+        except NotOfferedError:
+            continue
         except Exception as error:  # one implementation less, the others go on
             rows[impl].error = describe(error)
     flush = torch.ones(CACHE_FACTOR * l2_bytes // 4, dtype=torch.float32, device=device)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LATENT_DIM = 512  # width of V and of the no-position part of Q and K
 HEAD_DIM = 576  # latent and rope part
-BLOCK_SIZE = 64
+BLOCK_SIZE = 64  # of a shape that names none
 BF16_BYTES = 2
 
 # Measured on an H200: a persistent grid that streams the KV bytes and computes nothing, and the
@@ -19,13 +19,27 @@ FLOP_PER_US = 790e6
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode problem: ``new_tokens`` causal query tokens for each request."""
+    """One decode problem: causal query tokens for each request, as many for all or not."""
 
     name: str
     seq_lens: tuple[int, ...]
-    new_tokens: int
+    new_tokens: int | tuple[int, ...]
     num_heads: int
     measured_floor_us: float | None = None  # of this very shape, on an H200
+    block_size: int = BLOCK_SIZE
+    batch_invariant: bool = False
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """Query tokens of each request."""
+        if isinstance(self.new_tokens, int):
+            return (self.new_tokens,) * len(self.seq_lens)
+        return self.new_tokens
+
+    @property
+    def is_mixed(self) -> bool:
+        """Requests have different numbers of query tokens, one request behind the other in q."""
+        return not isinstance(self.new_tokens, int)
 
     @property
     def kv_bytes(self) -> int:
@@ -35,13 +49,16 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Bytes of cache, Q and O: what a call must move."""
-        rows = len(self.seq_lens) * self.new_tokens * self.num_heads
+        rows = sum(self.tokens) * self.num_heads
         return self.kv_bytes + rows * (HEAD_DIM + LATENT_DIM) * BF16_BYTES
 
     @property
     def flop(self) -> int:
         """Floating-point operations of both matrix products, the causal mask not deducted."""
-        return 2 * self.new_tokens * self.num_heads * (HEAD_DIM + LATENT_DIM) * sum(self.seq_lens)
+        pairs = sum(
+            length * tokens for length, tokens in zip(self.seq_lens, self.tokens, strict=True)
+        )
+        return 2 * self.num_heads * (HEAD_DIM + LATENT_DIM) * pairs
 
     @property
     def model_floor_us(self) -> float:
@@ -81,6 +98,42 @@ SHAPES = {
         Shape("B128_4k_q1_h128", (4096,) * 128, 1, 128, 185),
         Shape("B128_8k_q2_h128", (8192,) * 128, 2, 128, 739),
         Shape("B1_128k_q1_h128", (131072,), 1, 128, 46),
+    )
+}
+
+
+def with_block_size(shape: Shape, block_size: int) -> Shape:
+    """The same problem in a cache of other blocks; the KV bytes and so the floor stay."""
+    return replace(shape, name=f"{shape.name}_bs{block_size}", block_size=block_size)
+
+
+def batch_invariant(shape: Shape) -> Shape:
+    """The same problem, every request planned by itself."""
+    return replace(shape, name=f"{shape.name}_invariant", batch_invariant=True)
+
+
+# What a serving engine adds to the table above: other block sizes, requests with different
+# numbers of new tokens beside the two halves that they are made of, batch-invariant plans.
+SERVING_SHAPES = {
+    shape.name: shape
+    for shape in (
+        *(
+            with_block_size(SHAPES[name], block_size)
+            for name in ("B128_4k_q1_h16", "B1_64k_q1_h16", "B16_lognormal_q1_h16")
+            for block_size in (16, 32, 1)
+        ),
+        Shape("B64_4k_q1or4_h16", (4096,) * 64, (1, 4) * 32, 16),
+        Shape("B32_4k_q1_h16", (4096,) * 32, 1, 16),
+        Shape("B32_4k_q4_h16", (4096,) * 32, 4, 16),
+        *(
+            batch_invariant(SHAPES[name])
+            for name in (
+                "B128_4k_q1_h16",
+                "B1_64k_q1_h16",
+                "B16_lognormal_q1_h16",
+                "B64_mix_q4_h16",
+            )
+        ),
     )
 }
 

@@ -134,7 +134,7 @@ struct RmsNorm {
             if (!ok || state.word(kRaiseFlag) < 0) return;
             int32_t* flag = g.done_flags + state.word(kRaiseFlag);
             ptx::bulk_wait_written();
-            state.raise_done_flags(flag, flag);
+            state.raise_done_flag(flag);
         }
         __device__ static void store(float* dst, const void* page, uint32_t bytes) {
             asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst),

@@ -11,8 +11,10 @@ namespace mla {
 
 using Scores = kittens::rt_fl<16, kKvTile>;
 using Accumulator = kittens::rt_fl<16, kHalfLatent>;
-using PFragment = kittens::rt_bf<16, kKvTile>;
-using PTile = kittens::st_bf<kMaxRows, kKvTile>;
+template <class Element>
+using PFragment = kittens::rt<Element, 16, kKvTile, kittens::ducks::rt_layout::row>;
+template <class Element>
+using PTile = kittens::st<Element, kMaxRows, kKvTile>;
 
 __device__ __forceinline__ int fragment_row() {
     const int thread = mk::ptx::thread_in_cta();
@@ -72,9 +74,9 @@ __device__ __forceinline__ uint32_t rope_address(uint32_t half_tile) {
 }
 
 // Issues s (+)= Q K^T over one half of the width; not yet committed.
-template <bool kFirst>
+template <class Element, bool kFirst>
 __device__ __forceinline__ void multiply_scores(Scores& s, uint32_t q, uint32_t k) {
-    using Mma = kittens::wgmma::base<float, bf16, kKvTile, 0, 0>;
+    using Mma = kittens::wgmma::base<float, Element, kKvTile, 0, 0>;
     const Operand<LatentHalf, false> q_latent(latent_address(q)), k_latent(latent_address(k));
     const Operand<RopeHalf, false> q_rope(rope_address(q)), k_rope(rope_address(k));
     begin_products(s);
@@ -88,27 +90,32 @@ __device__ __forceinline__ void multiply_scores(Scores& s, uint32_t q, uint32_t 
     }
 }
 
-using OutputMma = kittens::wgmma::base<float, bf16, kHalfLatent, 0, 1>;
+template <class Element>
+using OutputMma = kittens::wgmma::base<float, Element, kHalfLatent, 0, 1>;
 
 // Issues o += P V with P in registers.
-__device__ __forceinline__ void accumulate(Accumulator& o, const PFragment& p, uint32_t v) {
+template <class Element>
+__device__ __forceinline__ void accumulate(Accumulator& o,
+                                           const PFragment<Element>& p,
+                                           uint32_t v) {
     const Operand<LatentHalf, true> v_rows(latent_address(v));
     begin_products(o);
 #pragma unroll
     for (int step = 0; step < kKvTile / 16; ++step) {
-        OutputMma::rt_st(o, p.tiles[0][step], v_rows.slice(step), 1);
+        OutputMma<Element>::rt_st(o, p.tiles[0][step], v_rows.slice(step), 1);
     }
     kittens::warpgroup::mma_commit_group();
 }
 
 // The same with P in shared memory.
-__device__ __forceinline__ void accumulate(Accumulator& o, uint32_t p, uint32_t v) {
-    const Operand<PTile, false> p_cols(p);
+template <class Element>
+__device__ __forceinline__ void accumulate(Accumulator& o, const PTile<Element>& p, uint32_t v) {
+    const Operand<PTile<Element>, false> p_cols(mk::ptx::smem_address(&p));
     const Operand<LatentHalf, true> v_rows(latent_address(v));
     begin_products(o);
 #pragma unroll
     for (int step = 0; step < kKvTile / 16; ++step) {
-        OutputMma::st_st(o, p_cols.slice(step), v_rows.slice(step), 1);
+        OutputMma<Element>::st_st(o, p_cols.slice(step), v_rows.slice(step), 1);
     }
     kittens::warpgroup::mma_commit_group();
 }

@@ -2,6 +2,9 @@
 // global memory to a launch. Raw pointers only.
 #pragma once
 
+#include <array>
+
+#include "instructions/mla_fill.cuh"
 #include "instructions/mla_partial.cuh"
 #include "instructions/mla_reduction.cuh"
 #include "megakernel/launch.h"
@@ -9,146 +12,244 @@
 namespace mla {
 
 template <class Config>
-using MlaOps = mk::OpcodeList<MlaPartial<Config>, MlaReduction<Config>, mk::Noop>;
+using MlaOps = mk::OpcodeList<MlaPartial<Config>, MlaReduction<Config>, MlaFill<Config>, mk::Noop>;
 
-using Config = mk::DefaultConfig;
-using TimedConfig = mk::WithTimings<mk::DefaultConfig>;
-
-// A tensor as the host sees it: sizes and strides in elements, outermost first.
-struct Tensor {
-    void* data = nullptr;
-    std::vector<int64_t> sizes;
-    std::vector<int64_t> strides;
+// Sizes, strides (in elements) and choices that calls of one kind share. See MlaGlobals.
+struct DecodeLayout {
+    bool fp16 = false;
+    int num_heads = 0;
+    int num_kv_heads = 1;
+    int num_requests = 0;
+    int s_q = 1;  // of a batch without cu_seqlens_q
+    int total_tokens = 0;
+    int64_t q_nope_row_stride = 0, q_pe_row_stride = 0;
+    int num_blocks = 0, block_size = 0;
+    std::array<int64_t, 3> latent_strides{}, rope_strides{};  // block, token, KV head
+    int table_stride = 0;
+    std::array<int64_t, 3> lse_strides{};  // sequence, token, head
+    int slot_rows = 0;
+    float softmax_scale = 0.f;
+    bool causal = true;
+    bool lse_base2 = false;
+    float lse_empty = 0.f;
+    int device = 0;
 };
 
-struct DecodeArgs {
-    Tensor instructions;     // [n, 32] int32
-    Tensor timings;          // [n, 8] int32, or none
-    Tensor queue_state;      // [>= 32] int32
-    Tensor q_rot;            // [batch, s_q, heads, 64] bf16
-    Tensor q_v;              // [batch, s_q, heads, 512] bf16
-    Tensor k_rot;            // [kv_blocks, block_size, 64] bf16
-    Tensor v;                // [kv_blocks, block_size, 512] bf16
-    Tensor table;            // [batch, max_blocks] int32
-    Tensor o;                // [batch, s_q, heads, 512] bf16
-    Tensor o_scratch;        // [slots, s_q, heads, 512] fp32
-    Tensor lvec_scratch;     // [slots, s_q, heads] fp32
-    Tensor completion_flag;  // [slots, s_q] int32
-    Tensor lse;              // [batch, heads, s_q] fp32, or none
-    float softmax_scale = 0.f;
+// Addresses of one call; null where the layout or the caller has no use for it.
+struct DecodePointers {
+    const void* instructions;
+    int num_instructions;
+    void* timings;
+    void* queue_state;
+    const void* q_nope;
+    const void* q_pe;
+    const void* latent;
+    const void* rope;
+    const void* block_ids;
+    const void* kv_indptr;
+    const void* cu_seqlens_q;
+    void* out;
+    void* lse;
+    const void* attn_sink;
+    void* o_scratch;
+    void* lse_log2_scratch;
+    void* done_flags;
+};
+
+struct LaunchOptions {
     int tic = 0;
     int num_ctas = 0;  // 0: one per SM
     uint32_t timeout_us = 0;
-    int device = 0;
     cudaStream_t stream = nullptr;
 };
 
 namespace detail {
 
-inline uint64_t bytes(int64_t elements, int size) { return static_cast<uint64_t>(elements) * size; }
+inline uint64_t bytes(int64_t elements) { return static_cast<uint64_t>(elements) * kElementBytes; }
 
-// [batch, s_q, heads, width] as [batch, s_q * heads, width], in boxes of rows x one swizzle block.
-inline CUtensorMap encode_rows(const char* name,
-                               const Tensor& t,
-                               CUtensorMapDataType type,
-                               int element_bytes,
-                               int box_rows,
-                               int box_cols) {
-    const mk::TensorMapSpec<3> spec{
-        type,
-        t.data,
-        {bytes(t.sizes[3], 1), bytes(t.sizes[1] * t.sizes[2], 1), bytes(t.sizes[0], 1)},
-        {bytes(t.strides[2], element_bytes), bytes(t.strides[0], element_bytes)},
-        {static_cast<uint32_t>(box_cols), static_cast<uint32_t>(box_rows), 1},
-        box_cols * element_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
+inline CUtensorMapDataType tensor_type(const DecodeLayout& layout) {
+    return layout.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+// Rows of queries, in boxes of one swizzle block.
+inline CUtensorMap encode_q(const char* name,
+                            const DecodeLayout& layout,
+                            const void* base,
+                            int width,
+                            int64_t row_stride,
+                            int box_rows,
+                            int box_cols) {
+    const auto rows =
+        static_cast<uint64_t>(layout.num_kv_heads) * layout.total_tokens * layout.num_heads;
+    const mk::TensorMapSpec<2> spec{
+        tensor_type(layout),
+        base,
+        {static_cast<uint64_t>(width), rows},
+        {bytes(row_stride)},
+        {static_cast<uint32_t>(box_cols), static_cast<uint32_t>(box_rows)},
+        box_cols == kBlockCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
     return mk::encode_tensor_map(name, spec);
 }
 
-// Half the latent columns of 64 KV positions, as swizzle blocks.
-inline CUtensorMap encode_kv_latent(const Tensor& t) {
-    const mk::TensorMapSpec<4> spec{
-        CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        t.data,
-        {kBlockCols, bytes(t.sizes[1], 1), kLatentBlocks, bytes(t.sizes[0], 1)},
-        {bytes(t.strides[1], 2), kBlockCols * 2, bytes(t.strides[0], 2)},
-        {kBlockCols, kKvTile, kHalfBlocks, 1},
-        CU_TENSOR_MAP_SWIZZLE_128B};
-    return mk::encode_tensor_map("v", spec);
+// Half the latent columns of a tile, or one swizzle block of a lower box.
+inline CUtensorMap encode_latent(const DecodeLayout& layout, const void* base, int box_rows) {
+    const auto [block, token, head] = layout.latent_strides;
+    const uint32_t blocks = box_rows == kKvTile ? kHalfBlocks : 1;
+    const mk::TensorMapSpec<5> spec{tensor_type(layout),
+                                    base,
+                                    {kBlockCols,
+                                     static_cast<uint64_t>(layout.block_size),
+                                     kLatentBlocks,
+                                     static_cast<uint64_t>(layout.num_kv_heads),
+                                     static_cast<uint64_t>(layout.num_blocks)},
+                                    {bytes(token), kBlockRowBytes, bytes(head), bytes(block)},
+                                    {kBlockCols, static_cast<uint32_t>(box_rows), blocks, 1, 1},
+                                    CU_TENSOR_MAP_SWIZZLE_128B};
+    return mk::encode_tensor_map("latent", spec);
 }
 
-inline CUtensorMap encode_kv_rope(const Tensor& t) {
-    const mk::TensorMapSpec<3> spec{CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                                    t.data,
-                                    {kRopeDim, bytes(t.sizes[1], 1), bytes(t.sizes[0], 1)},
-                                    {bytes(t.strides[1], 2), bytes(t.strides[0], 2)},
-                                    {kHalfRope, kKvTile, 1},
+inline CUtensorMap encode_rope(const DecodeLayout& layout, const void* base, int box_rows) {
+    const auto [block, token, head] = layout.rope_strides;
+    const mk::TensorMapSpec<4> spec{tensor_type(layout),
+                                    base,
+                                    {kRopeDim,
+                                     static_cast<uint64_t>(layout.block_size),
+                                     static_cast<uint64_t>(layout.num_kv_heads),
+                                     static_cast<uint64_t>(layout.num_blocks)},
+                                    {bytes(token), bytes(head), bytes(block)},
+                                    {kHalfRope, static_cast<uint32_t>(box_rows), 1, 1},
                                     CU_TENSOR_MAP_SWIZZLE_64B};
-    return mk::encode_tensor_map("k_rot", spec);
+    return mk::encode_tensor_map("rope", spec);
+}
+
+inline Strides byte_strides(const std::array<int64_t, 3>& s) {
+    return {s[0] * kElementBytes, s[1] * kElementBytes, s[2] * kElementBytes};
+}
+
+// -1: not a power of two.
+inline int log2_exact(int x) {
+    int log2 = 0;
+    while (1 << log2 < x) ++log2;
+    return 1 << log2 == x ? log2 : -1;
+}
+
+// The highest box of KV positions that never crosses a block; 0: none.
+inline int kv_box_rows(int block_size) {
+    for (const int rows : {64, 32, 16}) {
+        if (block_size % rows == 0) return rows;
+    }
+    return 0;
+}
+
+// The lowest box that brings all rows of a group at once; where sequences differ in their tokens,
+// that of one token.
+inline int q_box_rows(const DecodeLayout& layout, bool ragged) {
+    const int rows = layout.num_heads * (ragged ? 1 : layout.s_q);
+    return std::min(kMaxRows, (rows + 7) / 8 * 8);
 }
 
 }  // namespace detail
 
-inline MlaGlobals make_globals(const DecodeArgs& a) {
-    constexpr float kLog2E = 1.4426950408889634f;
+inline MlaGlobals make_globals(const DecodeLayout& layout,
+                               const DecodePointers& p,
+                               const LaunchOptions& options) {
+    constexpr double kLog2E = 1.4426950408889634;
+    constexpr float kLn2 = 0.693147180559945f;
+    const bool ragged = p.cu_seqlens_q != nullptr;
     MlaGlobals g{};
-    g.s_q = static_cast<int>(a.q_v.sizes[1]);
-    g.num_heads = static_cast<int>(a.q_v.sizes[2]);
-    g.row_group = std::min<int>(kMaxRows, g.s_q * g.num_heads);
-    g.block_size = static_cast<int>(a.v.sizes[1]);
-    g.scale_log2 = a.softmax_scale * kLog2E;
+    g.num_requests = layout.num_requests;
+    g.num_kv_heads = layout.num_kv_heads;
+    g.total_tokens = layout.total_tokens;
+    g.s_q = layout.s_q;
+    g.num_heads = layout.num_heads;
+    g.slot_rows = layout.slot_rows;
+    g.block_size = layout.block_size;
+    g.num_blocks = layout.num_blocks;
+    g.block_shift = detail::log2_exact(layout.block_size);
+    g.table_stride = layout.table_stride;
+    g.kv_box_rows = detail::kv_box_rows(layout.block_size);
+    g.q_box_rows = detail::q_box_rows(layout, ragged);
+    g.causal = layout.causal;
+    g.scale_log2 = static_cast<float>(layout.softmax_scale * kLog2E);
+    g.lse_scale = layout.lse_base2 ? 1.f : kLn2;
+    g.lse_empty = layout.lse_empty;
+    g.latent_strides = detail::byte_strides(layout.latent_strides);
+    g.rope_strides = detail::byte_strides(layout.rope_strides);
+    const auto [sequence_stride, token_stride, head_stride] = layout.lse_strides;
+    g.lse_sequence_stride = sequence_stride;
+    g.lse_token_stride = layout.s_q == 1 && !ragged ? sequence_stride : token_stride;
+    g.lse_head_stride = head_stride;
+    g.lse_by_token = ragged || layout.s_q == 1 || sequence_stride == layout.s_q * token_stride;
+    const bool shared = ragged || layout.s_q * layout.num_heads > kMaxRows;
+    g.kv_policy = shared ? mk::ptx::kEvictNormal : mk::ptx::kEvictFirst;
 
-    constexpr auto kBf16 = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    g.q_latent = detail::encode_rows("q_v", a.q_v, kBf16, 2, g.row_group, kBlockCols);
-    g.q_rope = detail::encode_rows("q_rot", a.q_rot, kBf16, 2, g.row_group, kHalfRope);
-    g.kv_latent = detail::encode_kv_latent(a.v);
-    g.kv_rope = detail::encode_kv_rope(a.k_rot);
-    g.o = detail::encode_rows("o", a.o, kBf16, 2, g.row_group, kBlockCols);
-    // A batch without splits may come without scratch.
-    if (a.o_scratch.sizes[0] > 0) {
-        g.o_scratch_map = detail::encode_rows("o_scratch",
-                                              a.o_scratch,
-                                              CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-                                              4,
-                                              g.row_group,
-                                              kFp32BlockCols);
-    } else {
-        g.o_scratch_map = g.o;
+    g.q_latent = detail::encode_q(
+        "q_nope", layout, p.q_nope, kLatentDim, layout.q_nope_row_stride, g.q_box_rows, kBlockCols);
+    g.q_rope = detail::encode_q(
+        "q_pe", layout, p.q_pe, kRopeDim, layout.q_pe_row_stride, g.q_box_rows, kHalfRope);
+    if (g.kv_box_rows > 0) {
+        g.kv_latent = detail::encode_latent(layout, p.latent, g.kv_box_rows);
+        g.kv_rope = detail::encode_rope(layout, p.rope, g.kv_box_rows);
+    } else {  // never used, but prefetched
+        g.kv_latent = g.q_latent;
+        g.kv_rope = g.q_rope;
     }
 
-    g.megakernel.instructions = static_cast<const int32_t*>(a.instructions.data);
-    g.megakernel.num_instructions = static_cast<int32_t>(a.instructions.sizes[0]);
-    g.megakernel.tic = a.tic;
-    g.megakernel.queue = static_cast<mk::QueueState*>(a.queue_state.data);
-    g.megakernel.failure = mk::FailureRecords::device(a.device);
-    g.megakernel.timings = static_cast<int32_t*>(a.timings.data);
-    g.megakernel.timeout_us = a.timeout_us;
+    g.megakernel.instructions = static_cast<const int32_t*>(p.instructions);
+    g.megakernel.num_instructions = p.num_instructions;
+    g.megakernel.tic = options.tic;
+    g.megakernel.queue = static_cast<mk::QueueState*>(p.queue_state);
+    g.megakernel.failure = mk::FailureRecords::device(layout.device);
+    g.megakernel.timings = static_cast<int32_t*>(p.timings);
+    g.megakernel.timeout_us = options.timeout_us;
 
-    g.kv_policy = g.s_q * g.num_heads > kMaxRows ? mk::ptx::kEvictNormal : mk::ptx::kEvictFirst;
-    g.block_table = static_cast<const int32_t*>(a.table.data);
-    g.table_stride = static_cast<int32_t>(a.table.strides[0]);
-    g.o_ptr = static_cast<bf16*>(a.o.data);
-    g.o_scratch = static_cast<float*>(a.o_scratch.data);
-    g.lse_log2_scratch = static_cast<float*>(a.lvec_scratch.data);
-    g.done_flags = static_cast<int32_t*>(a.completion_flag.data);
-    g.lse = static_cast<float*>(a.lse.data);
-    if (g.lse != nullptr) {
-        g.lse_batch_stride = a.lse.strides[0];
-        g.lse_head_stride = a.lse.strides[1];
-        g.lse_token_stride = a.lse.strides[2];
-    }
+    g.block_ids = static_cast<const int32_t*>(p.block_ids);
+    g.kv_indptr = static_cast<const int32_t*>(p.kv_indptr);
+    g.cu_seqlens_q = static_cast<const int32_t*>(p.cu_seqlens_q);
+    g.latent = static_cast<const char*>(p.latent);
+    g.rope = static_cast<const char*>(p.rope);
+    g.out = static_cast<char*>(p.out);
+    g.o_scratch = static_cast<float*>(p.o_scratch);
+    g.lse_log2_scratch = static_cast<float*>(p.lse_log2_scratch);
+    g.done_flags = static_cast<int32_t*>(p.done_flags);
+    g.lse = static_cast<float*>(p.lse);
+    g.attn_sink = static_cast<const float*>(p.attn_sink);
     return g;
 }
 
+// Enqueues one of the megakernels; each element type has a translation unit of its own, see
+// python/bindings/.
+template <class Element, bool kWholeTileBoxes, bool kTimed>
+void launch_variant(const MlaGlobals& globals, int num_ctas, int device, cudaStream_t stream) {
+    using Plain = MlaConfig<Element, kWholeTileBoxes>;
+    using Config = std::conditional_t<kTimed, mk::WithTimings<Plain>, Plain>;
+    mk::launch<Config, MlaOps<Config>>(globals, num_ctas, device, stream);
+}
+
+template <class Element>
+void launch_element(
+    const MlaGlobals& globals, bool timed, int num_ctas, int device, cudaStream_t stream) {
+    const bool whole = globals.kv_box_rows == kKvTile;
+    const auto launch =
+        whole
+            ? (timed ? &launch_variant<Element, true, true> : &launch_variant<Element, true, false>)
+            : (timed ? &launch_variant<Element, false, true>
+                     : &launch_variant<Element, false, false>);
+    launch(globals, num_ctas, device, stream);
+}
+extern template void launch_element<kittens::bf16>(const MlaGlobals&, bool, int, int, cudaStream_t);
+extern template void launch_element<kittens::half>(const MlaGlobals&, bool, int, int, cudaStream_t);
+
 // Enqueues the decode of one queue. Throws std::runtime_error; launches nothing then.
-inline void launch_decode(const DecodeArgs& args) {
-    const mk::DeviceGuard guard(args.device);
-    const MlaGlobals globals = make_globals(args);
-    const int num_ctas = args.num_ctas > 0 ? args.num_ctas : mk::num_sms(args.device);
-    if (args.timings.data == nullptr) {
-        mk::launch<Config, MlaOps<Config>>(globals, num_ctas, args.device, args.stream);
-    } else {
-        mk::launch<TimedConfig, MlaOps<TimedConfig>>(globals, num_ctas, args.device, args.stream);
-    }
+inline void launch_decode(const DecodeLayout& layout,
+                          const DecodePointers& pointers,
+                          const LaunchOptions& options) {
+    const mk::DeviceGuard guard(layout.device);
+    const MlaGlobals globals = make_globals(layout, pointers, options);
+    const int num_ctas = options.num_ctas > 0 ? options.num_ctas : mk::num_sms(layout.device);
+    const auto launch =
+        layout.fp16 ? &launch_element<kittens::half> : &launch_element<kittens::bf16>;
+    launch(globals, pointers.timings != nullptr, num_ctas, layout.device, options.stream);
 }
 
 }  // namespace mla

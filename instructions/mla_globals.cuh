@@ -10,9 +10,19 @@
 
 namespace mla {
 
-using kittens::bf16;
-
 static_assert(kInstructionWords == mk::kInstructionWords);
+
+// A megakernel's config with the type of Q, KV, P and O (bf16 or half, 2 bytes both), and whether a
+// box of the copy engine brings a whole tile of KV. Cache blocks of another size have a kernel of
+// their own: its loaders want registers, and code that nobody runs costs others a microsecond.
+template <class Element_, bool kWholeTileBoxes_>
+struct MlaConfig : mk::DefaultConfig {
+    using Element = Element_;
+    static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
+    static constexpr int kConsumerRegisters = kWholeTileBoxes ? 232 : 216;
+    static constexpr int kControlRegisters = kWholeTileBoxes ? 40 : 72;
+};
+inline constexpr int kElementBytes = 2;
 
 // A page holds half the width of a 64-row tile of Q or of KV: 256 latent columns, as four
 // 64-column blocks swizzled over 128 bytes, and 32 rope columns, swizzled over 64 bytes. So both
@@ -20,10 +30,14 @@ static_assert(kInstructionWords == mk::kInstructionWords);
 // columns it accumulates into the output.
 inline constexpr int kHalfLatent = kLatentDim / 2;
 inline constexpr int kHalfRope = kRopeDim / 2;
-inline constexpr int kBlockCols = 64;  // columns of a 128-byte swizzle block, bf16
+inline constexpr int kBlockCols = 64;  // columns of a 128-byte swizzle block
+inline constexpr int kBlockRowBytes = kBlockCols * kElementBytes;
+inline constexpr int kRopeRowBytes = kHalfRope * kElementBytes;
 inline constexpr int kLatentBlocks = kLatentDim / kBlockCols;
 inline constexpr int kHalfBlocks = kHalfLatent / kBlockCols;
+inline constexpr int kHalfRowBytes = kHalfBlocks * kBlockRowBytes + kRopeRowBytes;
 
+// The shape is that of either element type.
 using LatentHalf = kittens::st_bf<kKvTile, kHalfLatent>;
 using RopeHalf = kittens::st_bf<kKvTile, kHalfRope>;
 struct HalfTile {
@@ -31,72 +45,141 @@ struct HalfTile {
     RopeHalf rope;
 };
 static_assert(kMaxRows == kKvTile, "Q and KV tiles share HalfTile");
-static_assert(sizeof(HalfTile) == 36 * 1024);
+static_assert(sizeof(HalfTile) == kKvTile * kHalfRowBytes && sizeof(HalfTile) == 36 * 1024);
 
 // Which warpgroup, and which half of the latent columns.
 enum Half { kLeft = 0, kRight = 1 };
 
+// The new tokens of a sequence, as q and the output count them.
+struct TokenSpan {
+    int first;
+    int count;
+};
+
+struct Strides {
+    int64_t block, token, head;  // bytes
+};
+
 struct MlaGlobals {
-    // Q [batch, s_q * heads, width]: boxes of row_group rows x one swizzle block.
+    // Q [tokens * heads, width]: boxes of q_box_rows rows x one swizzle block.
     CUtensorMap q_latent;
     CUtensorMap q_rope;
-    // KV [kv_blocks, block_size, width]: boxes of one half tile, latent and rope apart.
+    // KV [kv_blocks, kv_heads, block_size, width]: boxes of kv_box_rows positions; latent columns
+    // by the half tile where a box is a whole tile high, else by the swizzle block.
     CUtensorMap kv_latent;
     CUtensorMap kv_rope;
-    // Where staged output goes: O bf16 [batch, s_q * heads, 512], scratch fp32 [slots, s_q * heads,
-    // 512].
-    CUtensorMap o;
-    CUtensorMap o_scratch_map;
 
     mk::MegakernelArgs megakernel;
 
-    const int32_t* block_table;  // [batch, table_stride]
-    bf16* o_ptr;
-    float* o_scratch;         // [slots, s_q, heads, 512]
-    float* lse_log2_scratch;  // [slots, s_q, heads]
-    int32_t* done_flags;      // [slots, s_q]
-    float* lse;               // natural log, may be null
-    int64_t lse_batch_stride;
-    int64_t lse_head_stride;
-    int64_t lse_token_stride;
+    const int32_t* block_ids;     // of request r from r * table_stride or kv_indptr[r] on
+    const int32_t* kv_indptr;     // null: a table
+    const int32_t* cu_seqlens_q;  // [num_requests + 1]; null: s_q tokens each
+    const char* latent;           // the cache, for copies row by row
+    const char* rope;
+    char* out;                // [tokens, heads, 512]
+    float* o_scratch;         // [slots, slot_rows, 512]
+    float* lse_log2_scratch;  // [slots, slot_rows]
+    int32_t* done_flags;      // [slots]
+    float* lse;               // may be null
+    const float* attn_sink;   // [kv_heads * heads], natural log; may be null
 
+    Strides latent_strides, rope_strides;
+    int64_t lse_sequence_stride, lse_token_stride, lse_head_stride;
     uint64_t kv_policy;  // L2 eviction: one row group reads its KV once, several share it
 
     int32_t table_stride;
-    int32_t block_size;  // KV positions per block of the cache; a multiple of kKvTile
+    int32_t num_blocks;
+    int32_t block_size;   // KV positions per block of the cache
+    int32_t block_shift;  // its logarithm; -1: no power of two
+    int32_t kv_box_rows;  // 64, 32 or 16 positions by the copy engine; 0: row by row
+    int32_t q_box_rows;   // a multiple of 8
+    int32_t num_requests;
+    int32_t num_kv_heads;
+    int32_t total_tokens;  // of one KV head
     int32_t s_q;
-    int32_t num_heads;
-    int32_t row_group;  // rows per partial: min(kMaxRows, s_q * num_heads)
-    float scale_log2;   // softmax_scale * log2(e)
+    int32_t num_heads;  // query heads per KV head
+    int32_t slot_rows;
+    int32_t causal;
+    int32_t lse_by_token;  // the LSE's place follows from the token, whatever the sequence
+    float scale_log2;      // softmax_scale * log2(e)
+    float lse_scale;       // from base 2 to the caller's base
+    float lse_empty;       // of a row that sees no key
 
     __device__ void prefetch() const {
         mk::ptx::prefetch_tensor_map(q_latent);
         mk::ptx::prefetch_tensor_map(q_rope);
         mk::ptx::prefetch_tensor_map(kv_latent);
         mk::ptx::prefetch_tensor_map(kv_rope);
-        mk::ptx::prefetch_tensor_map(o);
-        mk::ptx::prefetch_tensor_map(o_scratch_map);
     }
 
-    __device__ int32_t* done_flag(int slot, int token) const {
-        return done_flags + static_cast<int64_t>(slot) * s_q + token;
+    // Sequences go through the requests of KV head 0, then those of head 1, ...
+    __device__ int request_of(int sequence) const {
+        if (num_kv_heads == 1) [[likely]]
+            return sequence;
+        return sequence % num_requests;
     }
-    // First (token, head) row of a slot or request, counted in rows of the whole tensor.
-    __device__ int64_t first_row(int slot_or_batch) const {
-        return static_cast<int64_t>(slot_or_batch) * s_q * num_heads;
+    __device__ int kv_head_of(int sequence) const {
+        if (num_kv_heads == 1) [[likely]]
+            return 0;
+        return sequence / num_requests;
     }
-    __device__ void store_lse(int batch, int token, int head, float lse_log2) const {
+    // Block of the cache that holds a position, counted in the request, and the place in it.
+    __device__ int block_of(int position) const {
+        if (block_shift >= 0) [[likely]]
+            return position >> block_shift;
+        return position / block_size;
+    }
+    __device__ int place_in_block(int position) const {
+        if (block_shift >= 0) [[likely]]
+            return position & (block_size - 1);
+        return position % block_size;
+    }
+
+    __device__ TokenSpan tokens_of(int sequence) const {
+        if (cu_seqlens_q == nullptr) [[likely]]
+            return {sequence * s_q, s_q};
+        const int32_t* begin = cu_seqlens_q + request_of(sequence);
+        const int first = __ldg(begin);
+        return {kv_head_of(sequence) * total_tokens + first, __ldg(begin + 1) - first};
+    }
+    __device__ int num_rows_of(int sequence) const { return tokens_of(sequence).count * num_heads; }
+
+    // Row `row` of a slot's row group; only the place within the group counts.
+    __device__ int64_t scratch_row(int slot, int row) const {
+        return static_cast<int64_t>(slot) * slot_rows + row % kMaxRows;
+    }
+    __device__ void store_lse(int token, int head, float lse_log2) const {
         if (lse == nullptr) return;
-        constexpr float kLn2 = 0.693147180559945f;
-        // A row that sees no key: +inf, as FlashMLA has it.
-        const float value = lse_log2 == -INFINITY ? INFINITY : lse_log2 * kLn2;
-        lse[batch * lse_batch_stride + head * lse_head_stride + token * lse_token_stride] = value;
+        int64_t at = head * lse_head_stride;
+        if (lse_by_token) {
+            at += token * lse_token_stride;
+        } else {
+            at += token / s_q * lse_sequence_stride + token % s_q * lse_token_stride;
+        }
+        lse[at] = lse_log2 == -INFINITY ? lse_empty : lse_log2 * lse_scale;
+    }
+    // Logit of a head's attention sink in base 2; -inf without one.
+    __device__ float sink_log2(int token, int head) const {
+        constexpr float kLog2E = 1.4426950408889634f;
+        if (attn_sink == nullptr) return -INFINITY;
+        const int kv_head = num_kv_heads == 1 ? 0 : token / total_tokens;
+        return __ldg(&attn_sink[kv_head * num_heads + head]) * kLog2E;
     }
 };
 
 // A negative destination is a scratch slot.
 __device__ __forceinline__ bool writes_scratch(int dst_batch) { return dst_batch < 0; }
 __device__ __forceinline__ int scratch_slot(int dst_batch) { return -dst_batch - 1; }
+
+// Two floats to the element type.
+__device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::bf16) {
+    const __nv_bfloat162 rounded = __float22bfloat162_rn(pair);
+    return *reinterpret_cast<const uint32_t*>(&rounded);
+}
+__device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::half) {
+    const __half2 rounded = __float22half2_rn(pair);
+    return *reinterpret_cast<const uint32_t*>(&rounded);
+}
 
 // Named barriers (bar.sync ids; 0 is __syncthreads). Named for what is true after the wait.
 enum class NamedBarrier : int {

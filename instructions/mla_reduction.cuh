@@ -1,15 +1,16 @@
-// MLA reduction: merges the partial outputs of one token over a slice of heads
-// and columns, weighted by their log-sum-exps.
+// MLA reduction: merges scratch slots of one row group over a slice of rows and
+// columns, weighted by their log-sum-exps.
 //
-//     loader     waits for the pages
-//     launcher   waits for the inputs' flags, a lane per input; then bulk-copies unit after unit
-//     consumers  weigh and sum: a warpgroup per unit, four columns per thread and step
+//     launcher   waits for the inputs' flags
+//     consumers  sixteen teams of sixteen threads. A team sums a chunk, 64 columns of one row, out
+//                of L2; where there are fewer chunks than teams, several teams share one
 //     storer     raises the flag when the result is an input of another reduction
 //
-// A unit is what one page holds: some heads' rows, or a piece of one head's row, of every input.
+// It has no use for pages, so the next partial's loads begin under it.
 #pragma once
 
 #include "instructions/mla_globals.cuh"
+#include "megakernel/opcode_list.cuh"
 #include "megakernel/state.cuh"
 
 namespace mla {
@@ -19,85 +20,70 @@ struct MlaReduction {
     static constexpr int kOpcode = static_cast<int>(Opcode::kMlaReduction);
     static constexpr mk::Role kPrefetchGate = mk::Role::kLauncher;
     using State = mk::State<Config>;
+    using Element = typename Config::Element;
     using Words = ReductionWords;
 
-    static constexpr int kUnitPages = Config::kNumSmemPages;
-    // Whole rows lie one after the other, so that one copy brings several; otherwise a unit is a
-    // piece of one row.
-    static constexpr int kWholeRows = Config::kSmemPageBytes / (kLatentDim * sizeof(float));
-    static constexpr int kPieceCols = 256;
-    static_assert(kMaxReductionInputs * kPieceCols * sizeof(float) <= Config::kSmemPageBytes,
-                  "a piece of every input fits a page");
-    static_assert(kWholeRows <= mk::kWarpThreads && kMaxReductionInputs <= mk::kWarpThreads,
-                  "a lane per row of every input");
-    static_assert(kUnitPages % 2 == 0, "a page always meets the same warpgroup");
+    static constexpr int kColumnsPerThread = 4;
+    static constexpr int kTeamThreads = kColumnChunk / kColumnsPerThread;
+    static constexpr int kTeams = kConsumerThreads / kTeamThreads;
+    // Inputs that a thread asks for before it needs the first: what hides L2's latency. With few
+    // inputs, those of several chunks.
+    static constexpr int kInFlight = 16;
 
     enum Semaphore {
-        kPagesGranted = 0,
-        kInputsVisible,                       // the inputs' flags are up: LSEs may be read
-        kResultStored,                        // consumers have written their part
-        kUnitFull,                            // + page
-        kUnitEmpty = kUnitFull + kUnitPages,  // + page
-        kCount = kUnitEmpty + kUnitPages,
+        kInputsVisible = 0,  // the inputs' flags are up
+        kResultStored,       // consumers have written their part
+        kCount,
     };
     static constexpr int kNumSemaphores = kCount;
 
     // The words, decoded.
     struct Work {
-        int num_inputs, head_begin, num_heads, col_begin, num_cols, dst_batch, token;
-        int unit_rows, unit_cols, num_units;
+        const int32_t* listed;  // null: a run
+        int num_inputs, run_first, run_step;
+        int dst_batch, first_row, num_rows, col_begin, num_cols;
+        int rows_per_chunk;  // in 1/65536
 
         __device__ Work(const MlaGlobals& g, const State& state) {
             const auto shape = ReductionShape::unpack(state.word(Words::kShape));
-            num_inputs = shape.num_inputs;
-            head_begin = shape.head_begin;
-            num_heads = shape.num_heads == 0 ? g.num_heads : shape.num_heads;
-            col_begin = shape.col_begin;
-            num_cols = shape.num_cols == 0 ? kLatentDim : shape.num_cols;
+            listed = shape.is_run ? nullptr : state.words() + Words::kInputs;
+            num_inputs = shape.is_run ? state.word(Words::kRunCount) : shape.num_listed;
+            run_first = state.word(Words::kRunFirst);
+            run_step = state.word(Words::kRunStep);
             dst_batch = state.word(Words::kDstBatch);
-            token = state.word(Words::kDstSeq);
-            const bool whole = num_cols == kLatentDim && num_inputs <= kWholeRows;
-            unit_rows = whole ? min(kWholeRows / num_inputs, num_heads) : 1;
-            unit_cols = whole ? kLatentDim : min(num_cols, kPieceCols);
-            num_units = (num_heads + unit_rows - 1) / unit_rows * units_per_row();
+            const int row_offset = shape.is_run ? state.word(Words::kRunRowOffset) : 0;
+            first_row = state.word(Words::kDstSeq) * g.num_heads + shape.head_begin + row_offset;
+            num_rows = shape.num_rows > 0 ? shape.num_rows : g.num_heads - shape.head_begin;
+            col_begin = shape.col_begin;
+            num_cols = shape.num_cols > 0 ? shape.num_cols : kLatentDim - col_begin;
+            rows_per_chunk = (1 << 16) / chunks_per_row() + 1;
         }
-        __device__ int units_per_row() const { return (num_cols + unit_cols - 1) / unit_cols; }
-        // First of a unit's rows, as a head.
-        __device__ int head(int unit) const {
-            return head_begin + unit / units_per_row() * unit_rows;
+        __device__ int slot(int input) const {
+            return listed != nullptr ? listed[input] : run_first + input * run_step;
         }
-        __device__ int rows(int unit) const {
-            return min(unit_rows, head_begin + num_heads - head(unit));
-        }
-        __device__ int first_col(int unit) const {
-            return col_begin + unit % units_per_row() * unit_cols;
-        }
-        __device__ int cols(int unit) const {
-            return min(unit_cols, col_begin + num_cols - first_col(unit));
-        }
-        // Where row 0 of this token begins in a slot or in the output, in rows.
-        __device__ int64_t token_row(const MlaGlobals& g, int slot_or_batch) const {
-            return g.first_row(slot_or_batch) + static_cast<int64_t>(token) * g.num_heads;
+        __device__ int chunks_per_row() const { return num_cols / kColumnChunk; }
+        __device__ int num_chunks() const { return num_rows * chunks_per_row(); }
+        // chunk / chunks_per_row(), exact for as many chunks as there can be.
+        __device__ int row_of_chunk(int chunk) const { return chunk * rows_per_chunk >> 16; }
+        // Teams per chunk: a power of two, so that all chunks fit side by side if there are
+        // several.
+        __device__ int teams_per_chunk() const {
+            int teams = 1;
+            while (2 * teams * num_chunks() <= kTeams && teams < num_inputs) teams *= 2;
+            return teams;
         }
     };
 
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals&, int semaphore) {
-            if (semaphore == kResultStored) return Config::kNumConsumerWarps;
-            return semaphore >= kUnitEmpty ? 4 : 1;  // a warpgroup's warps empty a unit
+            return semaphore == kResultStored ? Config::kNumConsumerWarps : 1;
         }
-        __device__ static int released_page(const MlaGlobals&, const int32_t*, int k) {
-            return Config::kNumSmemPages - 1 - k;  // pages without a unit are passed on at once
-        }
+        __device__ static int released_page(const MlaGlobals&, const int32_t*, int k) { return k; }
     };
 
     struct Loader {
-        __device__ static void run(const MlaGlobals& g, State& state) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            const int used = min(Work(g, state).num_units, kUnitPages);
-            for (int page = 0; page < used; ++page) state.wait_page(page);
-            if (lane == 0) state.arrive(kPagesGranted);
-            state.pass_pages_from(used, lane);
+        __device__ static void run(const MlaGlobals&, State& state) {
+            state.pass_pages_from(0, threadIdx.x % mk::kWarpThreads);
         }
     };
 
@@ -105,183 +91,235 @@ struct MlaReduction {
         __device__ static void run(const MlaGlobals& g, State& state) {
             const int lane = threadIdx.x % mk::kWarpThreads;
             const Work work(g, state);
-            const bool has_input = lane < work.num_inputs;
-            const int slot = has_input ? state.word(Words::kInputs + lane) : 0;
             if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
-            bool ok = state.wait(kPagesGranted, 0);
-            if (has_input) ok = state.wait_done_flag(g.done_flag(slot, work.token), slot) && ok;
-            ok = __all_sync(~0u, ok);
-            // The inputs may have been written by ordinary stores; the copies below are not.
-            mk::ptx::fence_proxy_async_global();
+            // Lane l waits for inputs l, l + 32, ...
+            const int count = (work.num_inputs - lane + mk::kWarpThreads - 1) / mk::kWarpThreads;
+            state.wait_done_flags(g.done_flags, count, 0, [&](int i) {
+                return work.slot(lane + i * mk::kWarpThreads);
+            });
             __syncwarp();
-            if (lane == 0) state.arrive(kInputsVisible);
-
-            const float* input = g.o_scratch + work.token_row(g, slot) * kLatentDim;
-            for (int unit = 0; unit < work.num_units; ++unit) {
-                const int page = unit % kUnitPages;
-                const uint32_t bytes = work.rows(unit) * work.cols(unit) * sizeof(float);
-                if (unit >= kUnitPages) state.wait(kUnitEmpty + page, unit / kUnitPages - 1);
-                if (lane == 0) {
-                    mk::ptx::mbar_arrive_expect_tx(state.semaphore(kUnitFull + page),
-                                                   bytes * work.num_inputs);
-                }
-                __syncwarp();
-                if (has_input && ok) {
-                    mk::ptx::bulk_load(mk::ptx::smem_address(state.page(page)) + lane * bytes,
-                                       input + work.head(unit) * kLatentDim + work.first_col(unit),
-                                       bytes,
-                                       state.semaphore(kUnitFull + page));
-                }
+            if (lane == 0) {
+                state.record(mk::TimingWord::kLoadEnd);
+                state.arrive(kInputsVisible);
             }
-            if (lane == 0) state.record(mk::TimingWord::kLoadEnd);
         }
     };
 
     struct Consumer {
         __device__ static void run(const MlaGlobals& g, State& state) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            const int warpgroup = threadIdx.x / kWarpgroupThreads;
             const Work work(g, state);
             state.wait(kInputsVisible, 0);
             if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
-            float next_lse = load_lse(g, state, work, warpgroup);
-            for (int unit = warpgroup; unit < work.num_units; unit += 2) {
-                const int page = unit % kUnitPages;
-                const float lse = next_lse;
-                next_lse = load_lse(g, state, work, unit + 2);
-                const Weights weights = weigh(work, lse);
-                if (threadIdx.x % kWarpgroupThreads < mk::kWarpThreads) {
-                    store_lse(g, work, unit, weights.lse_log2);
-                }
-                state.wait(kUnitFull + page, unit / kUnitPages);
-                merge(g, work, unit, mk::ptx::smem_address(state.page(page)), weights.share);
-                __syncwarp();
-                if (lane != 0) continue;
-                if (unit + kUnitPages < work.num_units) {
-                    state.arrive(kUnitEmpty + page);
-                } else {
-                    state.release_page(page, 1);
-                }
+            const int sharing = work.teams_per_chunk();
+            if (sharing > 1) {
+                merge_shared(g, state, work, sharing);
+            } else if (work.num_inputs <= 2) {
+                merge<kInFlight / 2>(g, work);
+            } else if (work.num_inputs <= 4) {
+                merge<kInFlight / 4>(g, work);
+            } else {
+                merge<1>(g, work);
             }
             if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeEnd);
             __syncwarp();
-            if (lane == 0) state.arrive(kResultStored);
+            if (threadIdx.x % mk::kWarpThreads == 0) state.arrive(kResultStored);
         }
 
       private:
-        // Of the lane's (row, input): lane = row * num_inputs + input.
-        struct Weights {
-            float share;
-            float lse_log2;  // of the merged row
+        // Four columns of one row, summed over inputs: values relative to 2^top.
+        struct Sum {
+            float4 value = {0.f, 0.f, 0.f, 0.f};
+            float top = -INFINITY;
+            float total = 0.f;
+
+            __device__ void rescale(float to) {
+                const float factor = top == -INFINITY ? 0.f : mk::ptx::exp2_approx(top - to);
+                value.x *= factor;
+                value.y *= factor;
+                value.z *= factor;
+                value.w *= factor;
+                total *= factor;
+                top = to;
+            }
+            __device__ void add_weighted(const float4& v, float weight) {
+                value.x += weight * v.x;
+                value.y += weight * v.y;
+                value.z += weight * v.z;
+                value.w += weight * v.w;
+            }
+            __device__ void add(const Sum& other) {
+                const float to = fmaxf(top, other.top);
+                if (to == -INFINITY) return;
+                rescale(to);
+                const float weight =
+                    other.top == -INFINITY ? 0.f : mk::ptx::exp2_approx(other.top - to);
+                add_weighted(other.value, weight);
+                total += weight * other.total;
+            }
+
+            // Those of inputs whose LSEs are all -inf change nothing.
+            template <int kCount>
+            __device__ void add_inputs(const float (&lse_log2)[kCount],
+                                       const float4 (&values)[kCount]) {
+                float to = top;
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) to = fmaxf(to, lse_log2[i]);
+                if (to == -INFINITY) return;
+                rescale(to);
+#pragma unroll
+                for (int i = 0; i < kCount; ++i) {
+                    const float weight = mk::ptx::exp2_approx(lse_log2[i] - to);
+                    total += weight;
+                    add_weighted(values[i], weight);
+                }
+            }
         };
 
-        // Base-2 LSE of the lane's (row, input); -inf past the last.
-        __device__ static float load_lse(const MlaGlobals& g,
-                                         const State& state,
-                                         const Work& work,
-                                         int unit) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            if (unit >= work.num_units || lane >= work.rows(unit) * work.num_inputs) {
-                return -INFINITY;
-            }
-            const int slot = state.word(Words::kInputs + lane % work.num_inputs);
-            // Past L1: the line may have been read in an earlier launch.
-            return __ldcg(&g.lse_log2_scratch[work.token_row(g, slot) + work.head(unit) +
-                                              lane / work.num_inputs]);
+        // Where a thread works: a row, and the first of four columns.
+        struct Place {
+            int row, col;
+            __device__ Place(const Work& work, int chunk)
+                : row(work.first_row + work.row_of_chunk(chunk)),
+                  col(work.col_begin +
+                      (chunk - work.row_of_chunk(chunk) * work.chunks_per_row()) * kColumnChunk +
+                      threadIdx.x % kTeamThreads * kColumnsPerThread) {}
+        };
+
+        // An input of a place; nothing if there is none. Past L1: a line may have been read in an
+        // earlier launch.
+        __device__ static void load(const MlaGlobals& g,
+                                    const Work& work,
+                                    const Place& place,
+                                    int input,
+                                    bool exists,
+                                    float& lse_log2,
+                                    float4& value) {
+            lse_log2 = -INFINITY;
+            value = {0.f, 0.f, 0.f, 0.f};
+            if (!exists) return;
+            const int at = work.slot(input) * g.slot_rows + place.row % kMaxRows;
+            lse_log2 = __ldcg(g.lse_log2_scratch + at);
+            value = __ldcg(reinterpret_cast<const float4*>(
+                g.o_scratch + static_cast<int64_t>(at) * kLatentDim + place.col));
         }
 
-        __device__ static Weights weigh(const Work& work, float lse) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            const int first = lane / work.num_inputs * work.num_inputs;
-            float top = -INFINITY;
-#pragma unroll 9
-            for (int i = 0; i < work.num_inputs; ++i) {
-                top = fmaxf(top, __shfl_sync(~0u, lse, first + i));
+        // A team per chunk, kChunks of them at a time.
+        template <int kChunks>
+        __device__ static void merge(const MlaGlobals& g, const Work& work) {
+            constexpr int kInputs = kInFlight / kChunks;
+            for (int first = threadIdx.x / kTeamThreads; first < work.num_chunks();
+                 first += kChunks * kTeams) {
+                Sum sums[kChunks];
+                for (int input = 0; input < work.num_inputs; input += kInputs) {
+                    float lse_log2[kChunks][kInputs];
+                    float4 values[kChunks][kInputs];
+#pragma unroll
+                    for (int c = 0; c < kChunks; ++c) {
+                        const int chunk = first + c * kTeams;
+                        const Place place(work, chunk);
+#pragma unroll
+                        for (int i = 0; i < kInputs; ++i) {
+                            const bool exists =
+                                chunk < work.num_chunks() && input + i < work.num_inputs;
+                            load(g, work, place, input + i, exists, lse_log2[c][i], values[c][i]);
+                        }
+                    }
+#pragma unroll
+                    for (int c = 0; c < kChunks; ++c) sums[c].add_inputs(lse_log2[c], values[c]);
+                }
+#pragma unroll
+                for (int c = 0; c < kChunks; ++c) {
+                    const int chunk = first + c * kTeams;
+                    if (chunk < work.num_chunks()) store(g, work, Place(work, chunk), sums[c]);
+                }
             }
-            const bool seen = top != -INFINITY;  // did any input see a key
-            const float share = seen ? mk::ptx::exp2_approx(lse - top) : 0.f;
-            float total = 0.f;
-#pragma unroll 9
-            for (int i = 0; i < work.num_inputs; ++i) {
-                total += __shfl_sync(~0u, share, first + i);
-            }
-            return {seen ? share / total : 0.f, seen ? top + __log2f(total) : -INFINITY};
         }
 
-        // The first lane of each row writes the row's LSE: into scratch for whoever reads this
-        // slice, into the output from the slice that has column 0.
-        __device__ static void store_lse(const MlaGlobals& g,
-                                         const Work& work,
-                                         int unit,
-                                         float lse_log2) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            const int row = lane / work.num_inputs;
-            if (lane % work.num_inputs != 0 || row >= work.rows(unit)) return;
-            const int head = work.head(unit) + row;
+        // Several teams per chunk, each with its share of the inputs; the first of them adds up.
+        __device__ static void merge_shared(const MlaGlobals& g,
+                                            const State& state,
+                                            const Work& work,
+                                            int sharing) {
+            const int team = threadIdx.x / kTeamThreads, lane = threadIdx.x % kTeamThreads;
+            const int chunk = team / sharing, part = team % sharing;
+            const bool has_chunk = chunk < work.num_chunks();
+            const Place place(work, chunk);
+            if (has_chunk) {
+                Sum sum;
+                for (int input = part; input < work.num_inputs; input += kInFlight * sharing) {
+                    float lse_log2[kInFlight];
+                    float4 values[kInFlight];
+#pragma unroll
+                    for (int i = 0; i < kInFlight; ++i) {
+                        const int own = input + i * sharing;
+                        const bool exists = own < work.num_inputs;
+                        load(g, work, place, own, exists, lse_log2[i], values[i]);
+                    }
+                    sum.add_inputs(lse_log2, values);
+                }
+                parts(state)[team][lane] = sum;
+            }
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+            if (has_chunk && part == 0) {
+                Sum sum;
+                for (int other = 0; other < sharing; ++other) {
+                    sum.add(parts(state)[team + other][lane]);
+                }
+                store(g, work, place, sum);
+            }
+            // Nobody begins the next instruction's scratch before all have read this one's.
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+        }
+
+        // They lie where a partial keeps P, which it has read before its last barrier.
+        using Parts = Sum[kTeamThreads];
+        static_assert(sizeof(Parts) * kTeams <= Config::kScratchBytes);
+        __device__ static Parts* parts(const State& state) {
+            return reinterpret_cast<Parts*>(state.scratch());
+        }
+
+        __device__ static void store(const MlaGlobals& g,
+                                     const Work& work,
+                                     const Place& place,
+                                     const Sum& sum) {
+            const bool seen = sum.total > 0.f;  // did any input see a key
+            const float lse_log2 = seen ? sum.top + __log2f(sum.total) : -INFINITY;
             if (writes_scratch(work.dst_batch)) {
-                g.lse_log2_scratch[work.token_row(g, scratch_slot(work.dst_batch)) + head] =
-                    lse_log2;
-            } else if (work.first_col(unit) == 0) {
-                g.store_lse(work.dst_batch, work.token, head, lse_log2);
+                const float scale = seen ? 1.f / sum.total : 0.f;
+                const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), place.row);
+                *reinterpret_cast<float4*>(&g.o_scratch[at * kLatentDim + place.col]) = {
+                    sum.value.x * scale,
+                    sum.value.y * scale,
+                    sum.value.z * scale,
+                    sum.value.w * scale};
+                if (threadIdx.x % kTeamThreads == 0) g.lse_log2_scratch[at] = lse_log2;
+                return;
             }
-        }
-
-        // Inputs lie in the page one after the other, each rows x cols.
-        __device__ static void merge(
-            const MlaGlobals& g, const Work& work, int unit, uint32_t page, float share) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            const int rows = work.rows(unit), cols = work.cols(unit);
-            const int chunks_per_row = cols / 4, num_chunks = rows * chunks_per_row;
-            const int first_chunk =
-                threadIdx.x % kWarpgroupThreads / mk::kWarpThreads * mk::kWarpThreads;
-            for (int base = first_chunk; base < num_chunks; base += kWarpgroupThreads) {
-                const int chunk = min(base + lane, num_chunks - 1);
-                const int row = chunk / chunks_per_row;
-                float4 sum = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 9
-                for (int i = 0; i < work.num_inputs; ++i) {
-                    const float weight = __shfl_sync(~0u, share, row * work.num_inputs + i);
-                    const float4 value =
-                        mk::ptx::load_smem_float4(page + (i * num_chunks + chunk) * sizeof(float4));
-                    sum.x += weight * value.x;
-                    sum.y += weight * value.y;
-                    sum.z += weight * value.z;
-                    sum.w += weight * value.w;
-                }
-                if (base + lane < num_chunks) {
-                    store(g,
-                          work,
-                          work.head(unit) + row,
-                          work.first_col(unit) + chunk % chunks_per_row * 4,
-                          sum);
-                }
+            const int flat = g.tokens_of(work.dst_batch).first * g.num_heads + place.row;
+            float total = sum.total;
+            if (g.attn_sink != nullptr) {
+                const float sink = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
+                total += mk::ptx::exp2_approx(sink - sum.top);
             }
-        }
-
-        __device__ static void store(
-            const MlaGlobals& g, const Work& work, int head, int col, float4 sum) {
-            const bool scratch = writes_scratch(work.dst_batch);
-            const int dst = scratch ? scratch_slot(work.dst_batch) : work.dst_batch;
-            const int64_t at = (work.token_row(g, dst) + head) * kLatentDim + col;
-            if (scratch) {
-                *reinterpret_cast<float4*>(g.o_scratch + at) = sum;
-            } else {
-                const __nv_bfloat162 pairs[2] = {__float22bfloat162_rn({sum.x, sum.y}),
-                                                 __float22bfloat162_rn({sum.z, sum.w})};
-                *reinterpret_cast<uint2*>(g.o_ptr + at) = *reinterpret_cast<const uint2*>(pairs);
-            }
+            const float scale = seen ? 1.f / total : 0.f;
+            const uint2 rounded = {
+                round_pair({sum.value.x * scale, sum.value.y * scale}, Element{}),
+                round_pair({sum.value.z * scale, sum.value.w * scale}, Element{})};
+            Element* out = reinterpret_cast<Element*>(g.out);
+            *reinterpret_cast<uint2*>(&out[static_cast<int64_t>(flat) * kLatentDim + place.col]) =
+                rounded;
+            if (place.col == 0) g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
         }
     };
 
     struct Storer {
         __device__ static void run(const MlaGlobals& g, State& state) {
             if (threadIdx.x % mk::kWarpThreads != 0) return;
-            const Work work(g, state);
+            const int dst_batch = state.word(Words::kDstBatch);
             const bool ok = state.wait(kResultStored, 0);
             state.record(mk::TimingWord::kStoreBegin);
-            if (ok && writes_scratch(work.dst_batch)) {
-                int32_t* flag = g.done_flag(scratch_slot(work.dst_batch), work.token);
-                state.raise_done_flags(flag, flag);
+            if (ok && writes_scratch(dst_batch)) {
+                state.raise_done_flag(&g.done_flags[scratch_slot(dst_batch)]);
             }
             state.record(mk::TimingWord::kStoreEnd);
         }

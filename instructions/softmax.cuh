@@ -81,7 +81,8 @@ struct RowState {
     // Turns scores into P, relative to the running maximum. The maximum stays where it is until
     // a score exceeds it by 2^kSlack: P then is at most that, exact all the same in a format with
     // an exponent, and most tiles need no rescaling of O at all.
-    __device__ __forceinline__ RowScale absorb(Scores& s, PFragment& p, float scale_log2) {
+    template <class Element>
+    __device__ __forceinline__ RowScale absorb(Scores& s, PFragment<Element>& p, float scale_log2) {
         float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int tile = 0; tile < Scores::width; ++tile) {
@@ -107,7 +108,8 @@ struct RowState {
                 const float2 e = {mk::ptx::exp2_approx(fmaf(pair.x, scale_log2, -shift[part % 2])),
                                   mk::ptx::exp2_approx(fmaf(pair.y, scale_log2, -shift[part % 2]))};
                 sum[part % 2] += e.x + e.y;
-                p.tiles[0][tile].data[part] = __float22bfloat162_rn(e);
+                *reinterpret_cast<uint32_t*>(&p.tiles[0][tile].data[part]) =
+                    round_pair(e, Element{});
             }
         }
         return scale;
@@ -141,9 +143,16 @@ struct RowState {
         for (int i = 0; i < 2; ++i) sum[i] += row_sum[row + 8 * i];
     }
 
-    // What the output is multiplied with in the end. A row that saw no key has none: 0.
-    __device__ __forceinline__ RowScale inverse_sum() const {
-        return {{sum[0] > 0.f ? 1.f / sum[0] : 0.f, sum[1] > 0.f ? 1.f / sum[1] : 0.f}};
+    // What the output is multiplied with in the end; sinks are logits in base 2 that take their
+    // share of the weight. A row that saw no key has no output: 0.
+    __device__ __forceinline__ RowScale inverse_sum(const float (&sink_log2)[2]) const {
+        RowScale inverse;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float total = sum[i] + mk::ptx::exp2_approx(sink_log2[i] - finite(max[i]));
+            inverse.factor[i] = sum[i] > 0.f ? 1.f / total : 0.f;
+        }
+        return inverse;
     }
 
     __device__ __forceinline__ float lse_log2(int i) const {

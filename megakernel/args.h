@@ -26,6 +26,7 @@ enum class WaitKind : int32_t {
     kSemaphore = 5,     // semaphore of the instruction
     kDoneFlag = 6,      // completion flag in global memory
     kBadOpcode = 7,     // not a wait: the queue held an opcode that this kernel lacks
+    kBadLength = 8,     // not a wait: a request's length was out of range
 };
 
 // In pinned host memory, mapped into the device. Written by the first CTA that gives up.

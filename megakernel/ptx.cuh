@@ -40,6 +40,11 @@ __device__ __forceinline__ void mbar_arrive_expect_tx(uint32_t mbar, uint32_t by
                  : "memory");
 }
 
+__device__ __forceinline__ void mbar_expect_tx(uint32_t mbar, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbar), "r"(bytes)
+                 : "memory");
+}
+
 // True once the phase of this parity has completed. May suspend the thread for a while, never
 // for ever.
 __device__ __forceinline__ bool mbar_try_wait(uint32_t mbar, uint32_t parity) {
@@ -84,16 +89,15 @@ __device__ __forceinline__ void bulk_load(uint32_t dst,
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000;
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
 
-__device__ __forceinline__ void tensor_load_3d(
-    uint32_t dst, const CUtensorMap& map, uint32_t mbar, int c0, int c1, int c2, uint64_t policy) {
+__device__ __forceinline__ void tensor_load_2d(
+    uint32_t dst, const CUtensorMap& map, uint32_t mbar, int c0, int c1, uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(dst),
         "l"(&map),
         "r"(mbar),
         "r"(c0),
         "r"(c1),
-        "r"(c2),
         "l"(policy)
         : "memory");
 }
@@ -119,15 +123,26 @@ __device__ __forceinline__ void tensor_load_4d(uint32_t dst,
         : "memory");
 }
 
-__device__ __forceinline__ void tensor_store_3d(
-    const CUtensorMap& map, uint32_t src, int c0, int c1, int c2) {
+__device__ __forceinline__ void tensor_load_5d(uint32_t dst,
+                                               const CUtensorMap& map,
+                                               uint32_t mbar,
+                                               int c0,
+                                               int c1,
+                                               int c2,
+                                               int c3,
+                                               int c4,
+                                               uint64_t policy) {
     asm volatile(
-        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::
-            "l"(&map),
-        "r"(src),
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(dst),
+        "l"(&map),
+        "r"(mbar),
         "r"(c0),
         "r"(c1),
-        "r"(c2)
+        "r"(c2),
+        "r"(c3),
+        "r"(c4),
+        "l"(policy)
         : "memory");
 }
 
@@ -147,6 +162,24 @@ __device__ __forceinline__ void bulk_wait_written() {
 
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// 16 bytes by this thread, through the generic proxy, past L1; nothing if not `wanted`.
+__device__ __forceinline__ void copy_16_bytes_if(bool wanted, uint32_t dst, const void* src) {
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.b32 wanted, %2, 0;\n"
+        "@wanted cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n"
+        "}\n" ::"r"(dst),
+        "l"(src),
+        "r"(static_cast<int>(wanted))
+        : "memory");
+}
+
+// One of the mbarrier's arrivals comes when this thread's copies so far have landed.
+__device__ __forceinline__ void arrive_when_copied(uint32_t mbar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbar) : "memory");
 }
 
 __device__ __forceinline__ float4 load_smem_float4(uint32_t address) {

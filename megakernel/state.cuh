@@ -17,7 +17,8 @@ class State {
 
     // ---- the instruction ------------------------------------------------------
 
-    __device__ int32_t word(int index) const { return control().words[slot()][index]; }
+    __device__ const int32_t* words() const { return control().words[slot()]; }
+    __device__ int32_t word(int index) const { return words()[index]; }
     __device__ int32_t opcode() const { return word(kWordOpcode); }
     __device__ int32_t uid() const { return word(kWordUid); }
 
@@ -82,28 +83,46 @@ class State {
 
     // Waits until the flag carries this launch's epoch, then sees what was written before it.
     __device__ bool wait_done_flag(const int32_t* flag, int index) const {
+        return wait_done_flags(flag, 1, index, [](int) { return 0; });
+    }
+
+    // The same for flags[place(0)], ..., flags[place(count - 1)], asked for side by side. A failure
+    // names index + place.
+    template <class Place>
+    __device__ bool wait_done_flags(const int32_t* flags, int count, int index, Place place) const {
+        constexpr int kAtOnce = 4;
         const int32_t epoch = control().epoch;
-        int32_t seen = ptx::load_acquire_gpu(flag);
-        if (seen == epoch) return true;
-        const uint32_t start = coarse_time();
-        do {
-            if (watchdog_.expired(start, slot(), WaitKind::kDoneFlag, index, epoch, seen))
+        uint32_t start = 0;
+        for (int first = 0; first < count;) {
+            int32_t seen[kAtOnce];
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                const int at = min(first + i, count - 1);
+                seen[i] = ptx::load_relaxed_gpu(&flags[place(at)]);
+            }
+            int raised = 0, other = epoch;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+                if (raised == i && seen[i] == epoch) ++raised;
+                if (raised == i) other = seen[i];
+            }
+            first += raised;
+            if (raised == kAtOnce || first >= count) continue;
+            if (start == 0) start = coarse_time();
+            if (watchdog_.expired(
+                    start, slot(), WaitKind::kDoneFlag, index + place(first), epoch, other))
                 [[unlikely]] {
                 return false;
             }
-            seen = ptx::load_acquire_gpu(flag);
-        } while (seen != epoch);
+        }
+        ptx::fence_acq_rel_gpu();
         return true;
     }
 
-    // Raises the flags [first, last] for all that this thread wrote, and all that it has seen
-    // written.
-    __device__ void raise_done_flags(int32_t* first, const int32_t* last) const {
+    // Raises a flag for all that this thread wrote, and all that it has seen written.
+    __device__ void raise_done_flag(int32_t* flag) const {
         ptx::fence_acq_rel_gpu();
-#pragma unroll 1
-        for (int32_t* flag = first; flag <= last; ++flag) {
-            ptx::store_relaxed_gpu(flag, control().epoch);
-        }
+        ptx::store_relaxed_gpu(flag, control().epoch);
     }
 
     __device__ bool failed() const { return watchdog_.failed(); }

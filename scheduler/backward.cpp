@@ -3,46 +3,53 @@
 #include <algorithm>
 #include <numeric>
 
+#include "instructions/layout.h"
 #include "scheduler/quality.h"
 
 namespace mla {
 
 namespace {
 
-// Gangs of workers for each request: one, and a share of the others by its tiles.
+// Tiles that a sequence's row groups read, in units of a gang's work.
+int64_t work_of(const Problem& problem, int sequence) {
+    return int64_t{problem.num_tiles(sequence)} * problem.gangs_per_piece(sequence);
+}
+
+// Pieces that each sequence may have: one, and more for its share of the spare gangs.
 std::vector<int> share_gangs(const Problem& problem) {
-    std::vector<int> gangs(problem.num_requests(), 1);
-    int64_t total_tiles = 0;
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        total_tiles += problem.num_tiles(request);
+    std::vector<int> pieces(problem.num_sequences(), 1);
+    int64_t total_work = 0;
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        total_work += work_of(problem, sequence);
     }
-    const int64_t spare = problem.num_gangs() - problem.num_requests();
-    if (spare <= 0) return gangs;
+    const int64_t spare = problem.num_gangs() - problem.gangs_unsplit();
+    if (spare <= 0) return pieces;
 
     // Cumulative rounding: the shares add up to `spare`.
-    int64_t tiles_so_far = 0;
+    int64_t work_so_far = 0;
     int64_t given = 0;
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        tiles_so_far += problem.num_tiles(request);
-        const int64_t due = spare * tiles_so_far / total_tiles;
-        gangs[request] += static_cast<int>(due - given);
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        work_so_far += work_of(problem, sequence);
+        const int64_t due = spare * work_so_far / total_work;
+        pieces[sequence] += static_cast<int>(due - given) / problem.gangs_per_piece(sequence);
         given = due;
-        gangs[request] = std::min(gangs[request], problem.num_tiles(request));
+        pieces[sequence] = std::min(pieces[sequence], problem.num_tiles(sequence));
     }
-    return gangs;
+    return pieces;
 }
 
 class TreeGrower {
   public:
-    TreeGrower(const Problem& problem, const CostModel& cost, int request, int num_gangs)
-        : problem_(problem),
-          cost_(cost),
-          request_(request),
-          num_tiles_(problem.num_tiles(request)),
+    TreeGrower(const Problem& problem, const CostModel& cost, int sequence, int num_gangs)
+        : cost_(cost),
+          sequence_(sequence),
+          length_(problem.sequences[sequence].length),
+          num_tiles_(problem.num_tiles(sequence)),
           num_gangs_(num_gangs),
-          input_us_(whole_input_us(std::min(problem.num_heads, kMaxRows), cost)) {}
+          input_us_(whole_input_us(std::min(problem.sequences[sequence].num_rows, kMaxRows), cost)),
+          tile_us_(cost.tile_us(problem.num_gangs() * problem.gang_size, problem.kv_sharing)) {}
 
-    // Grows the tree; false if the request is better left in one piece.
+    // Grows the tree; false if the sequence is better left in one piece.
     bool grow() {
         if (num_gangs_ == 1) return false;
         nodes_.push_back({-cost_.reduction_fixed_us, {}, 0});
@@ -62,7 +69,7 @@ class TreeGrower {
         return best > unsplit_us;
     }
 
-    // Hands the free inputs to partials. Appends the request's pieces to the cut and
+    // Hands the free inputs to partials. Appends the sequence's pieces to the cut and
     // their starts, counted from the finish, to start_us.
     MergeTree place(Cut& cut, std::vector<double>& start_us) {
         std::vector<int> reader;
@@ -74,9 +81,8 @@ class TreeGrower {
             take_input(node);
         }
         const double fixed_us = cost_.partial_fixed_us + cost_.dependency_us;
-        const double per_tile_us = tile_us();
         std::vector<int> tiles;
-        deal_tiles(due_us, num_tiles_, fixed_us, per_tile_us, tiles);
+        deal_tiles(due_us, num_tiles_, fixed_us, tile_us_, tiles);
 
         std::vector<std::vector<int32_t>> leaves(nodes_.size());
         int32_t num_leaves = 0;
@@ -84,8 +90,8 @@ class TreeGrower {
         for (int gang = 0; gang < num_gangs_; ++gang) {
             if (tiles[gang] == 0) continue;
             leaves[reader[gang]].push_back(num_leaves++);
-            cut.pieces.push_back({request_, begin, begin + tiles[gang]});
-            start_us.push_back(due_us[gang] - fixed_us - tiles[gang] * per_tile_us);
+            cut.pieces.push_back({sequence_, begin, begin + tiles[gang]});
+            start_us.push_back(due_us[gang] - fixed_us - tiles[gang] * tile_us_);
             begin += tiles[gang];
         }
         MergeTree tree;
@@ -104,23 +110,14 @@ class TreeGrower {
         int num_inputs;
     };
 
-    double tile_us() const {
-        const int row_groups = problem_.row_groups();
-        return cost_.tile_us(problem_.num_gangs() * row_groups, row_groups);
-    }
-
     double current_quality() const {
         std::vector<double> next_times;
         for (const Node& node : nodes_) {
             if (node.num_inputs < kMaxReductionInputs) next_times.push_back(node.next_us);
         }
         if (next_times.empty()) return kHopelessQuality;
-        return quality(next_times,
-                       num_gangs_,
-                       problem_.new_tokens,
-                       problem_.seq_lens[request_],
-                       cost_,
-                       input_us_);
+        // A gang's workers are as many as the row groups that each node reduces.
+        return quality(next_times, num_gangs_, /*num_tokens=*/1, length_, cost_, input_us_);
     }
 
     // Free inputs suffice for one partial per gang.
@@ -166,30 +163,31 @@ class TreeGrower {
         return tree.num_leaves + tree.num_nodes() - 1;
     }
 
-    const Problem& problem_;
     const CostModel& cost_;
-    const int request_;
+    const int sequence_;
+    const int length_;
     const int num_tiles_;
-    const int num_gangs_;
+    const int num_gangs_;  // one for each piece
     const double input_us_;
+    const double tile_us_;
     std::vector<Node> nodes_;  // the root first
 };
 
 }  // namespace
 
 Cut cut_backward(const Problem& problem, const CostModel& cost) {
-    const std::vector<int> gangs = share_gangs(problem);
+    const std::vector<int> max_pieces = share_gangs(problem);
     Cut cut;
     cut.first_piece.push_back(0);
-    std::vector<double> start_us;  // of each piece, from its request's finish
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        const int tiles = problem.num_tiles(request);
-        TreeGrower grower(problem, cost, request, gangs[request]);
+    std::vector<double> start_us;  // of each piece, from its sequence's finish
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        const int tiles = problem.num_tiles(sequence);
+        TreeGrower grower(problem, cost, sequence, max_pieces[sequence]);
         MergeTree tree;
         if (grower.grow()) {
             tree = grower.place(cut, start_us);
         } else {
-            cut.pieces.push_back({request, 0, tiles});
+            cut.pieces.push_back({sequence, 0, tiles});
             start_us.push_back(-cost.partial_fixed_us - tiles * cost.tile_us(1, 1));
         }
         cut.trees.push_back(std::move(tree));

@@ -1,4 +1,4 @@
-// Backward scheduling: every request is planned from its finish towards its start.
+// Backward scheduling: every sequence is planned from its finish towards its start.
 #pragma once
 
 #include "scheduler/cost_model.h"
@@ -7,7 +7,7 @@
 
 namespace mla {
 
-// Gives each request its share of the workers, then grows its reduction tree from the
+// Gives each sequence its share of the workers, then grows its reduction tree from the
 // root: another reduction is added where an input is wanted last, as long as quality()
 // says that the earliest partial may then start later. The partials take the free inputs,
 // and as many tiles as make them start together.

@@ -24,7 +24,7 @@ struct CostModel {
     double partial_fixed_us = 4.0;
     double partial_next_us = 2.0;
     // One KiB of result stored, after the last tile. A row has 2 KiB in scratch (fp32),
-    // 1 KiB in the output (bf16).
+    // 1 KiB in the output (16 bits).
     double partial_store_kib_us = 0.006;
 
     // One 64-token KV tile (73,728 bytes): the time that the memory system needs when
@@ -47,11 +47,16 @@ struct CostModel {
     // From the end of an instruction until an SM that waits for its flag has seen it.
     double dependency_us = 0.7;
 
-    // Time per tile of one SM while `num_streams` SMs stream and `kv_sharing` of them
-    // (row groups of one request) read the same tile.
-    double tile_us(int num_streams, int kv_sharing) const {
+    // Time per tile of one SM while `num_streams` SMs stream, and `kv_sharing` of them on the
+    // mean (row groups of one sequence) read the same tile.
+    double tile_us(int num_streams, double kv_sharing) const {
+        return stream_tile_us(num_streams, num_streams / kv_sharing);
+    }
+
+    // The same, told how many different tiles are read at a time.
+    double stream_tile_us(int num_streams, double num_different) const {
         return std::max(partial_tile_compute_us + partial_tile_contention_us * (num_streams - 1),
-                        partial_tile_us * num_streams / kv_sharing);
+                        partial_tile_us * num_different);
     }
 };
 

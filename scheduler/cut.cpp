@@ -19,7 +19,7 @@ double merge_us(const CostModel& cost) {
 int32_t num_tiles(const Piece& piece) { return piece.end_tile - piece.begin_tile; }
 
 // Long pieces first keeps the tail short whoever takes them (LPT). Stable: the pieces of
-// one request stay together.
+// one sequence stay together.
 void start_longest_first(Cut& cut) {
     cut.start_order.resize(cut.pieces.size());
     std::iota(cut.start_order.begin(), cut.start_order.end(), 0);
@@ -28,58 +28,43 @@ void start_longest_first(Cut& cut) {
     });
 }
 
-// Cuts `tiles` tiles into `count` pieces. The last count - num_early ones are longer
-// by about `bonus_tiles`, because they may end later.
-void append_pieces(Cut& cut, int request, int tiles, int count, int num_early, double bonus_tiles) {
-    double length = (tiles - (count - num_early) * bonus_tiles) / count;
-    if (num_early == 0 || length < 1.0) {
-        length = static_cast<double>(tiles) / count;
-        bonus_tiles = 0.0;
-    }
+// Cuts a sequence into `count` nearly equal pieces.
+void append_pieces(Cut& cut, int sequence, int tiles, int count) {
     int32_t begin = 0;
-    for (int piece = 1; piece <= count; ++piece) {
-        const double exact = piece * length + std::max(0, piece - num_early) * bonus_tiles;
-        // The small term keeps an exact integer from being rounded down.
-        const auto end = piece == count ? tiles : static_cast<int32_t>(exact + 1e-6);
-        cut.pieces.push_back({request, begin, end});
+    for (int64_t piece = 1; piece <= count; ++piece) {
+        const auto end = static_cast<int32_t>(piece * tiles / count);
+        cut.pieces.push_back({sequence, begin, end});
         begin = end;
     }
 }
 
-// How many equal pieces a request needs to end by a deadline.
+Cut cut_into(const Problem& problem, const std::vector<int32_t>& counts) {
+    Cut cut;
+    cut.first_piece.push_back(0);
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        append_pieces(cut, sequence, problem.num_tiles(sequence), counts[sequence]);
+        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
+    }
+    start_longest_first(cut);
+    return cut;
+}
+
+// How many equal pieces a sequence needs to end by a deadline.
 class PieceCounter {
   public:
-    PieceCounter(const CostModel& cost, double tile_us, TreeShape shape)
+    PieceCounter(const CostModel& cost, double tile_us)
         : fixed_us_(cost.launch_us + cost.partial_fixed_us),
           tile_us_(tile_us),
-          merge_us_(merge_us(cost)),
-          shape_(shape) {}
+          merge_us_(merge_us(cost)) {}
 
     // 0: impossible.
     int count(int tiles, double deadline_us) const {
         if (fixed_us_ + tiles * tile_us_ <= deadline_us) return 1;
-        // Tiles that a piece has time for if one merge follows it, or two.
-        const double late = (deadline_us - fixed_us_ - merge_us_) / tile_us_;
-        if (late < 1.0) return 0;
-        const double flat = std::ceil(tiles / late);
-        if (flat <= kMaxReductionInputs) return std::max(2, static_cast<int>(flat));
-        const double early = late - merge_us_ / tile_us_;
-        if (early < 1.0) return 0;
-        int count = kMaxReductionInputs + 1;
-        if (shape_ == TreeShape::kLevels) {
-            count = std::max(count, static_cast<int>(std::ceil(tiles / early)));
-        } else {
-            const double direct = kMaxReductionInputs * (late - early);
-            count = std::max(count, static_cast<int>(std::max(0.0, tiles - direct) / early));
-            while (num_early_leaves(count) * early + (count - num_early_leaves(count)) * late <
-                   tiles) {
-                ++count;
-            }
-        }
+        const double tiles_per_piece = (deadline_us - fixed_us_ - merge_us_) / tile_us_;
+        if (tiles_per_piece < 1.0) return 0;
+        const int count = std::max(2, static_cast<int>(std::ceil(tiles / tiles_per_piece)));
         return count <= tiles ? count : 0;
     }
-
-    double bonus_tiles() const { return merge_us_ / tile_us_; }
 
     double upper_bound_us(int tiles) const { return fixed_us_ + tiles * tile_us_; }
 
@@ -87,10 +72,9 @@ class PieceCounter {
     double fixed_us_;
     double tile_us_;
     double merge_us_;
-    TreeShape shape_;
 };
 
-// Walks the line of all requests and hands out tiles to one gang after the other.
+// Walks the line of all sequences and hands out tiles to one gang after the other.
 class LineCutter {
   public:
     LineCutter(const Problem& problem,
@@ -102,12 +86,12 @@ class LineCutter {
           cost_(cost),
           num_gangs_(num_gangs),
           min_tiles_(min_tiles),
-          tile_us_(cost.tile_us(num_gangs * problem.row_groups(), problem.row_groups())),
-          line_(problem.num_requests()) {
+          tile_us_(cost.tile_us(num_gangs * problem.gang_size, problem.kv_sharing)),
+          line_(problem.num_sequences()) {
         std::iota(line_.begin(), line_.end(), 0);
         if (line_order == LineOrder::kLongestFirst) {
             std::stable_sort(line_.begin(), line_.end(), [&problem](int32_t a, int32_t b) {
-                return problem.seq_lens[a] > problem.seq_lens[b];
+                return problem.sequences[a].length > problem.sequences[b].length;
             });
         }
     }
@@ -115,14 +99,14 @@ class LineCutter {
     struct GangPiece {
         Piece piece;
         int32_t gang;
-        bool whole;  // of its request: no reduction waits for it
+        bool whole;  // of its sequence: no reduction waits for it
     };
 
     std::vector<GangPiece> cut() {
         double total_us = tile_us_;  // against rounding
-        for (int request = 0; request < problem_.num_requests(); ++request) {
+        for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
             total_us += std::max(cost_.partial_fixed_us, cost_.partial_next_us) +
-                        problem_.num_tiles(request) * tile_us_;
+                        problem_.num_tiles(sequence) * tile_us_;
         }
         double infeasible_us = 0.0;
         double feasible_us = total_us;  // one gang could do it all
@@ -145,8 +129,8 @@ class LineCutter {
     bool walk(double capacity_us, Emit&& emit) const {
         int32_t gang = 0;
         double used_us = 0.0;
-        for (const int32_t request : line_) {
-            const int32_t tiles = problem_.num_tiles(request);
+        for (const int32_t sequence : line_) {
+            const int32_t tiles = problem_.num_tiles(sequence);
             int32_t begin = 0;
             while (begin < tiles) {
                 if (gang == num_gangs_) return false;
@@ -155,14 +139,14 @@ class LineCutter {
                 const double room = (capacity_us - used_us - fixed_us) / tile_us_;
                 const int32_t left = tiles - begin;
                 if (room >= left) {
-                    emit(GangPiece{{request, begin, tiles}, gang, begin == 0});
+                    emit(GangPiece{{sequence, begin, tiles}, gang, begin == 0});
                     used_us += fixed_us + left * tile_us_;
                     break;
                 }
                 const int32_t taken =
                     std::min(static_cast<int32_t>(std::max(0.0, room)), left - min_tiles_);
                 if (taken >= min_tiles_) {
-                    emit(GangPiece{{request, begin, begin + taken}, gang, false});
+                    emit(GangPiece{{sequence, begin, begin + taken}, gang, false});
                     begin += taken;
                 } else if (used_us == 0.0) {
                     return false;  // not even an empty gang has room
@@ -184,29 +168,18 @@ class LineCutter {
 
 }  // namespace
 
-Cut cut_into(const Problem& problem, const std::vector<int32_t>& counts) {
-    Cut cut;
-    cut.first_piece.push_back(0);
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        append_pieces(cut, request, problem.num_tiles(request), counts[request], 0, 0.0);
-        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
-    }
-    start_longest_first(cut);
-    return cut;
-}
-
 Cut cut_unsplit(const Problem& problem) {
-    return cut_into(problem, std::vector<int32_t>(problem.num_requests(), 1));
+    return cut_into(problem, std::vector<int32_t>(problem.num_sequences(), 1));
 }
 
 Cut cut_fixed(const Problem& problem, int split_tiles) {
     Cut cut;
     cut.first_piece.push_back(0);
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        const int tiles = problem.num_tiles(request);
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        const int tiles = problem.num_tiles(sequence);
         for (int begin = 0; begin < tiles;) {
             const int end = tiles - begin > split_tiles ? begin + split_tiles : tiles;
-            cut.pieces.push_back({request, begin, end});
+            cut.pieces.push_back({sequence, begin, end});
             begin = end;
         }
         cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
@@ -215,49 +188,28 @@ Cut cut_fixed(const Problem& problem, int split_tiles) {
     return cut;
 }
 
-Cut cut_even(const Problem& problem, const CostModel& cost, int max_pieces, TreeShape shape) {
-    const int row_groups = problem.row_groups();
-    const double tile_us = cost.tile_us(max_pieces * row_groups, row_groups);
-    const PieceCounter counter(cost, tile_us, shape);
+Cut cut_even(const Problem& problem, const CostModel& cost, int max_gangs) {
+    const double tile_us = cost.tile_us(max_gangs * problem.gang_size, problem.kv_sharing);
+    const PieceCounter counter(cost, tile_us);
 
-    std::vector<int32_t> counts(problem.num_requests());
+    std::vector<int32_t> counts(problem.num_sequences());
     const auto fits = [&](double deadline_us) {
-        int64_t total = 0;
-        for (int request = 0; request < problem.num_requests(); ++request) {
-            counts[request] = counter.count(problem.num_tiles(request), deadline_us);
-            if (counts[request] == 0) return false;
-            total += counts[request];
+        int64_t gangs = 0;
+        for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+            counts[sequence] = counter.count(problem.num_tiles(sequence), deadline_us);
+            if (counts[sequence] == 0) return false;
+            gangs += int64_t{counts[sequence]} * problem.gangs_per_piece(sequence);
         }
-        return total <= max_pieces;
+        return gangs <= max_gangs;
     };
-    int longest = 0;
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        longest = std::max(longest, problem.num_tiles(request));
-    }
     double infeasible_us = 0.0;
-    double feasible_us = counter.upper_bound_us(longest);
+    double feasible_us = counter.upper_bound_us(problem.longest());
     for (int i = 0; i < kBisections; ++i) {
         const double middle_us = (infeasible_us + feasible_us) / 2;
         (fits(middle_us) ? feasible_us : infeasible_us) = middle_us;
     }
     fits(feasible_us);
-
-    Cut cut;
-    cut.shape = shape;
-    cut.first_piece.push_back(0);
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        const int count = counts[request];
-        const int num_early = shape == TreeShape::kStaggered ? num_early_leaves(count) : 0;
-        append_pieces(cut,
-                      request,
-                      problem.num_tiles(request),
-                      count,
-                      num_early == count ? 0 : num_early,
-                      counter.bonus_tiles());
-        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
-    }
-    start_longest_first(cut);
-    return cut;
+    return cut_into(problem, counts);
 }
 
 Cut cut_line(const Problem& problem,
@@ -268,7 +220,7 @@ Cut cut_line(const Problem& problem,
     LineCutter cutter(problem, cost, num_gangs, min_tiles, line_order);
     auto line = cutter.cut();
 
-    // A gang runs pieces that somebody waits for before whole requests, so that their
+    // A gang runs pieces that somebody waits for before whole sequences, so that their
     // reductions overlap with the rest of the work.
     std::stable_sort(line.begin(), line.end(), [](const auto& a, const auto& b) {
         return a.gang != b.gang ? a.gang < b.gang : a.whole < b.whole;
@@ -285,15 +237,15 @@ Cut cut_line(const Problem& problem,
     std::sort(by_position.begin(), by_position.end(), [&line](int32_t a, int32_t b) {
         const Piece& left = line[a].piece;
         const Piece& right = line[b].piece;
-        return left.request != right.request ? left.request < right.request
-                                             : left.begin_tile < right.begin_tile;
+        return left.sequence != right.sequence ? left.sequence < right.sequence
+                                               : left.begin_tile < right.begin_tile;
     });
 
     Cut cut;
-    cut.first_piece.assign(problem.num_requests() + 1, 0);
+    cut.first_piece.assign(problem.num_sequences() + 1, 0);
     for (const int32_t i : by_position) {
         cut.pieces.push_back(line[i].piece);
-        ++cut.first_piece[line[i].piece.request + 1];
+        ++cut.first_piece[line[i].piece.sequence + 1];
     }
     std::partial_sum(cut.first_piece.begin(), cut.first_piece.end(), cut.first_piece.begin());
 

@@ -1,4 +1,4 @@
-// Where each request's KV is cut into pieces, and in what order the pieces start.
+// Where each sequence's KV is cut into pieces, and in what order the pieces start.
 #pragma once
 
 #include <cstdint>
@@ -10,46 +10,44 @@
 
 namespace mla {
 
-// KV tiles [begin_tile, end_tile) of one request, for all of its row groups.
+// KV tiles [begin_tile, end_tile) of one of the problem's sequences, for all of its row
+// groups.
 struct Piece {
-    int32_t request;
+    int32_t sequence;
     int32_t begin_tile;
     int32_t end_tile;
 };
 
 struct Cut {
-    std::vector<Piece> pieces;         // by request, then by position
-    std::vector<int32_t> first_piece;  // request i: pieces[first_piece[i], first_piece[i + 1])
+    std::vector<Piece> pieces;         // by sequence, then by position
+    std::vector<int32_t> first_piece;  // sequence i: pieces[first_piece[i], first_piece[i + 1])
     std::vector<int32_t> start_order;  // indices into pieces
-    TreeShape shape = TreeShape::kStaggered;
-    std::vector<MergeTree> trees;  // by request, where the policy grew its own
+    // By sequence, where the policy grew its own; otherwise one merge reads all pieces.
+    std::vector<MergeTree> trees;
 
-    int num_pieces(int request) const { return first_piece[request + 1] - first_piece[request]; }
+    int num_pieces(int sequence) const { return first_piece[sequence + 1] - first_piece[sequence]; }
 };
 
-// One piece per request, the longest first.
+// One piece per sequence, the longest first.
 Cut cut_unsplit(const Problem& problem);
 
-// Pieces of `split_tiles` tiles, the last of a request shorter.
+// Pieces of `split_tiles` tiles, the last of a sequence shorter.
 Cut cut_fixed(const Problem& problem, int split_tiles);
 
-// Every request in equal pieces, as few as let all of them, and the reductions behind
-// them, end together when at most `max_pieces` run, each on a gang of its own. Needs
-// max_pieces >= number of requests; `shape` is the tree that will merge them.
-Cut cut_even(const Problem& problem, const CostModel& cost, int max_pieces, TreeShape shape);
+// Every sequence in equal pieces, as few as let all of them, and the reductions behind
+// them, end together when at most `max_gangs` gangs run, one piece each. Needs max_gangs
+// >= problem.gangs_unsplit().
+Cut cut_even(const Problem& problem, const CostModel& cost, int max_gangs);
 
 enum class LineOrder { kGiven, kLongestFirst };
 
-// Lays all requests on a line and cuts it where a gang of workers is full, so that
-// `num_gangs` gangs end together. No piece of a split request is below `min_tiles`. Empty
-// if the costs are too far apart to be added.
+// Lays all sequences on a line and cuts it where a gang of workers is full, so that
+// `num_gangs` gangs end together. No piece of a split sequence is below `min_tiles`. Empty
+// if the costs are too far apart to be added. For uniform problems.
 Cut cut_line(const Problem& problem,
              const CostModel& cost,
              int num_gangs,
              int min_tiles,
              LineOrder line_order);
-
-// `counts[i]` nearly equal pieces of request i.
-Cut cut_into(const Problem& problem, const std::vector<int32_t>& counts);
 
 }  // namespace mla

@@ -1,6 +1,7 @@
 #include "scheduler/lower.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "scheduler/task_cost.h"
 
@@ -10,59 +11,41 @@ namespace {
 
 constexpr int kColumnChunks = kLatentDim / kColumnChunk;
 
-// Heads [begin, begin + count) of one token that lie in one row group.
-struct HeadRange {
-    int32_t token;
-    int32_t row_group;
-    int32_t head_begin;
-    int32_t num_heads;
-};
-
-std::vector<HeadRange> head_ranges(const Problem& problem) {
-    std::vector<HeadRange> ranges;
-    for (int token = 0; token < problem.new_tokens; ++token) {
-        int row = token * problem.num_heads;
-        const int token_end = row + problem.num_heads;
-        while (row < token_end) {
-            const int group = row / kMaxRows;
-            const int end = std::min(token_end, (group + 1) * kMaxRows);
-            ranges.push_back({token, group, row - token * problem.num_heads, end - row});
-            row = end;
-        }
-    }
-    return ranges;
-}
-
 struct SliceSize {
-    int num_heads;
+    int num_rows;
     int num_cols;
 };
 
-// Slices in the order of their number: fewer and fewer heads, then single heads in
-// fewer and fewer columns. False when there is none so fine.
-bool slice_size(int log2_slices, int num_heads, SliceSize& size) {
-    int heads = num_heads;
+// Slices in the order of their number: fewer and fewer rows, then single rows in fewer and
+// fewer columns. False when there is none so fine.
+bool slice_size(int log2_slices, int num_rows, SliceSize& size) {
+    int rows = num_rows;
     int chunks = kColumnChunks;
     for (int i = 0; i < log2_slices; ++i) {
-        if (heads > 1) {
-            heads = ceil_div(heads, 2);
+        if (rows > 1) {
+            rows = ceil_div(rows, 2);
         } else if (chunks > 1) {
             chunks /= 2;
         } else {
             return false;
         }
     }
-    size = {heads, chunks * kColumnChunk};
+    size = {rows, chunks * kColumnChunk};
     return true;
 }
 
-int num_slices(const SliceSize& size, int num_heads) {
-    return ceil_div(num_heads, size.num_heads) * (kLatentDim / size.num_cols);
+int num_slices(const SliceSize& size, int num_rows) {
+    return ceil_div(num_rows, size.num_rows) * (kLatentDim / size.num_cols);
 }
 
-// Every fine slice lies in one coarse slice.
-bool nests(const SliceSize& fine, const SliceSize& coarse) {
-    return coarse.num_heads % fine.num_heads == 0 && coarse.num_cols % fine.num_cols == 0;
+SliceSize invariant_slices(int num_inputs, int num_rows) {
+    SliceSize size{num_rows, kLatentDim};
+    SliceSize finer{};
+    for (int log2_slices = 1; slice_size(log2_slices, num_rows, finer); ++log2_slices) {
+        if (num_slices(finer, num_rows) > num_inputs) break;
+        size = finer;
+    }
+    return size;
 }
 
 class ReductionLowering {
@@ -72,127 +55,111 @@ class ReductionLowering {
                       const Cut& cut,
                       const SliceOptions& options,
                       TaskGraph& graph)
-        : problem_(problem),
-          cost_(cost),
-          cut_(cut),
-          options_(options),
-          ranges_(head_ranges(problem)),
-          graph_(graph) {}
+        : problem_(problem), cost_(cost), cut_(cut), options_(options), graph_(graph) {}
 
     void run() {
-        for (int request = 0; request < problem_.num_requests(); ++request) {
-            if (is_split(request)) num_split_pieces_ += cut_.num_pieces(request);
+        for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
+            if (!is_split(sequence)) continue;
+            rows_to_merge_ +=
+                int64_t{cut_.num_pieces(sequence)} * problem_.sequences[sequence].num_rows;
         }
-        for (int request = 0; request < problem_.num_requests(); ++request) {
-            if (is_split(request)) add_request(request);
+        int32_t first_partial = 0;
+        for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
+            if (is_split(sequence)) add_sequence(sequence, first_partial);
+            first_partial += cut_.num_pieces(sequence) * problem_.row_groups(sequence);
         }
     }
 
   private:
-    // What the nodes of a tree, for one head range, are cut into. The root may be cut
-    // finer than the others, because there are fewer roots to share the workers.
-    struct TreeSlices {
-        SliceSize inner;
-        SliceSize root;
-    };
+    bool is_split(int sequence) const { return cut_.num_pieces(sequence) > 1; }
 
-    bool is_split(int request) const { return cut_.num_pieces(request) > 1; }
-
-    void add_request(int request) {
-        const int pieces = cut_.num_pieces(request);
-        if (cut_.trees.empty() && tree_.num_leaves != pieces) {
-            build_merge_tree(pieces, cut_.shape, tree_);
-        }
-        const MergeTree& tree = cut_.trees.empty() ? tree_ : cut_.trees[request];
-        for (const HeadRange& range : ranges_) {
-            add_tree(request, range, tree, slices_of(tree, range.num_heads));
+    void add_sequence(int sequence, int32_t first_partial) {
+        const int row_groups = problem_.row_groups(sequence);
+        Task task;
+        task.opcode = Opcode::kMlaReduction;
+        task.sequence = problem_.sequences[sequence].id;
+        for (int group = 0; group < row_groups; ++group) {
+            task.row_begin = group * kMaxRows;
+            task.num_rows =
+                std::min(kMaxRows, problem_.sequences[sequence].num_rows - task.row_begin);
+            if (!cut_.trees.empty()) {
+                add_tree(cut_.trees[sequence], first_partial + group, row_groups, task);
+                continue;
+            }
+            const int pieces = cut_.num_pieces(sequence);
+            task.to_output = true;
+            add_merge({first_partial + group, pieces, row_groups}, task);
         }
     }
 
-    void add_tree(int request,
-                  const HeadRange& range,
-                  const MergeTree& tree,
-                  const TreeSlices& slices) {
-        first_task_.clear();
+    // The partials of the tree's leaves are first_partial, first_partial + step, ...
+    void add_tree(const MergeTree& tree, int32_t first_partial, int step, Task task) {
+        const auto first_node = static_cast<int32_t>(graph_.tasks.size());
         for (int node = 0; node < tree.num_nodes(); ++node) {
-            const bool is_root = node + 1 == tree.num_nodes();
-            const SliceSize& size = is_root ? slices.root : slices.inner;
-            first_task_.push_back(static_cast<int32_t>(graph_.tasks.size()));
-            for (int head = 0; head < range.num_heads; head += size.num_heads) {
-                for (int col = 0; col < kLatentDim; col += size.num_cols) {
-                    Task task;
-                    task.opcode = Opcode::kMlaReduction;
-                    task.to_output = is_root;
-                    task.request = request;
-                    task.token = range.token;
-                    task.head_begin = range.head_begin + head;
-                    task.num_heads = std::min(size.num_heads, range.num_heads - head);
-                    task.col_begin = col;
-                    task.num_cols = size.num_cols;
-                    task.input_begin = static_cast<int32_t>(graph_.inputs.size());
-                    task.num_inputs = tree.num_children(node);
-                    // The slice of an inner node that holds this one.
-                    const int inner_slice =
-                        head / slices.inner.num_heads * (kLatentDim / slices.inner.num_cols) +
-                        col / slices.inner.num_cols;
-                    add_inputs(request, range.row_group, tree, node, inner_slice);
-                    graph_.tasks.push_back(task);
-                }
+            const auto first_input = static_cast<int32_t>(graph_.inputs.size());
+            for (int i = tree.node_begin[node]; i < tree.node_begin[node + 1]; ++i) {
+                const int32_t child = tree.children[i];
+                graph_.inputs.push_back(child < tree.num_leaves
+                                            ? first_partial + child * step
+                                            : first_node + child - tree.num_leaves);
+            }
+            task.to_output = node + 1 == tree.num_nodes();
+            add_merge({first_input, tree.num_children(node), 0}, task);
+        }
+    }
+
+    // `whole` says which rows, and where they go.
+    void add_merge(const Merge& merge, const Task& whole) {
+        const SliceSize size = slices_of(merge.num_inputs, whole.num_rows);
+        Task task = whole;
+        task.merge = static_cast<int32_t>(graph_.merges.size());
+        task.num_cols = size.num_cols;
+        for (int row = 0; row < whole.num_rows; row += size.num_rows) {
+            task.row_begin = whole.row_begin + row;
+            task.num_rows = std::min(size.num_rows, whole.num_rows - row);
+            for (task.col_begin = 0; task.col_begin < kLatentDim; task.col_begin += size.num_cols) {
+                graph_.tasks.push_back(task);
             }
         }
+        graph_.merges.push_back(merge);
     }
 
-    void add_inputs(int request, int row_group, const MergeTree& tree, int node, int inner_slice) {
-        const int first_piece = cut_.first_piece[request];
-        for (int i = tree.node_begin[node]; i < tree.node_begin[node + 1]; ++i) {
-            const int32_t child = tree.children[i];
-            graph_.inputs.push_back(child < tree.num_leaves
-                                        ? (first_piece + child) * problem_.row_groups() + row_group
-                                        : first_task_[child - tree.num_leaves] + inner_slice);
+    // Neighbouring sequences are often alike.
+    SliceSize slices_of(int num_inputs, int num_rows) {
+        if (num_inputs != last_num_inputs_ || num_rows != last_num_rows_) {
+            last_num_inputs_ = num_inputs;
+            last_num_rows_ = num_rows;
+            last_size_ = choose_slices(num_inputs, num_rows);
         }
+        return last_size_;
     }
 
-    TreeSlices slices_of(const MergeTree& tree, int num_heads) {
-        if (tree.num_leaves == last_num_leaves_ && num_heads == last_num_heads_)
-            return last_slices_;
-        last_num_leaves_ = tree.num_leaves;
-        last_num_heads_ = num_heads;
-        const int num_inner = tree.num_nodes() - 1;
-        const int num_root_inputs = tree.num_children(num_inner);
-        TreeSlices slices;
-        slices.root = choose_slices(1, num_root_inputs, tree.num_leaves, num_heads);
-        slices.inner = slices.root;
-        if (num_inner > 0) {
-            slices.inner =
-                choose_slices(num_inner, tree.num_children(0), tree.num_leaves, num_heads);
-            if (!nests(slices.root, slices.inner)) slices.root = slices.inner;
+    SliceSize choose_slices(int num_inputs, int num_rows) const {
+        switch (options_.rule) {
+            case SliceRule::kWhole:
+                return {num_rows, kLatentDim};
+            case SliceRule::kBatchInvariant:
+                return invariant_slices(num_inputs, num_rows);
+            case SliceRule::kFitted:
+                break;
         }
-        last_slices_ = slices;
-        return slices;
+        return fitted_slices(num_inputs, num_rows);
     }
 
-    // The size that lets `num_nodes` merges of this range, and as many of every other,
-    // end earliest when all are wanted at the same time.
-    SliceSize choose_slices(int num_nodes, int num_inputs, int num_leaves, int num_heads) const {
-        SliceSize best{num_heads, kLatentDim};
-        if (options_.whole) return best;
-
-        // A request may use a share of the workers, in proportion to what it has to merge.
-        const int64_t num_nodes_if_all_were_like_this =
-            num_nodes * static_cast<int64_t>(ranges_.size()) * num_split_pieces_ / num_leaves;
+    // The size that lets this merge, and as many like it as equal all there is to merge, end
+    // earliest when all are wanted at the same time.
+    SliceSize fitted_slices(int num_inputs, int num_rows) const {
+        const double merges_like_this =
+            static_cast<double>(rows_to_merge_) / (int64_t{num_inputs} * num_rows);
+        SliceSize best{num_rows, kLatentDim};
         double best_us = 0.0;
         int best_log2 = 0;
         SliceSize size{};
-        for (int log2_slices = 0; slice_size(log2_slices, num_heads, size); ++log2_slices) {
-            Task task;
-            task.num_inputs = num_inputs;
-            task.num_heads = size.num_heads;
-            task.num_cols = size.num_cols;
-            const int64_t total = num_nodes_if_all_were_like_this * num_slices(size, num_heads);
-            const auto rounds =
-                static_cast<double>((total + problem_.num_workers - 1) / problem_.num_workers);
+        for (int log2_slices = 0; slice_size(log2_slices, num_rows, size); ++log2_slices) {
+            const double rounds =
+                std::ceil(merges_like_this * num_slices(size, num_rows) / problem_.num_workers);
             const double us =
-                reduction_us(task, false, cost_) + (rounds - 1) * reduction_us(task, true, cost_);
+                slice_us(num_inputs, size, false) + (rounds - 1) * slice_us(num_inputs, size, true);
             if (log2_slices == 0 || us < best_us) {
                 best = size;
                 best_us = us;
@@ -200,59 +167,80 @@ class ReductionLowering {
             }
         }
         // A scale that leaves the range changes nothing.
-        if (slice_size(std::max(0, best_log2 + options_.log2_scale), num_heads, size)) best = size;
+        if (slice_size(std::max(0, best_log2 + options_.log2_scale), num_rows, size)) best = size;
         return best;
+    }
+
+    double slice_us(int num_inputs, const SliceSize& size, bool follows) const {
+        return reduction_us(num_inputs, size.num_rows, size.num_cols, follows, cost_);
     }
 
     const Problem& problem_;
     const CostModel& cost_;
     const Cut& cut_;
     const SliceOptions options_;
-    const std::vector<HeadRange> ranges_;
     TaskGraph& graph_;
-    int64_t num_split_pieces_ = 0;
-    std::vector<int32_t> first_task_;  // of each node of the tree in hand
-    // Neighbouring requests are often alike.
-    MergeTree tree_;
-    int last_num_leaves_ = 0;
-    int last_num_heads_ = 0;
-    TreeSlices last_slices_{};
+    int64_t rows_to_merge_ = 0;  // of all pieces
+    int last_num_inputs_ = 0;
+    int last_num_rows_ = 0;
+    SliceSize last_size_{};
 };
 
 }  // namespace
 
-TaskGraph lower_partials(const Problem& problem, const Cut& cut) {
-    const int row_groups = problem.row_groups();
+TaskGraph lower_leaves(const Problem& problem, const Cut& cut) {
     TaskGraph graph;
-    graph.kv_sharing = row_groups;
-    graph.tasks.reserve(cut.pieces.size() * row_groups);
+    size_t num_leaves = problem.fills.size();
+    for (const Piece& piece : cut.pieces) num_leaves += problem.row_groups(piece.sequence);
+    graph.tasks.reserve(num_leaves);
     for (const Piece& piece : cut.pieces) {
+        const Sequence& sequence = problem.sequences[piece.sequence];
         Task task;
         task.opcode = Opcode::kMlaPartial;
-        task.request = piece.request;
-        task.to_output = cut.num_pieces(piece.request) == 1;
-        task.length = problem.seq_lens[piece.request];
+        task.sequence = sequence.id;
+        task.to_output = cut.num_pieces(piece.sequence) == 1;
+        task.length = sequence.length;
+        task.kv_sharing = sequence.row_groups();
         task.start = piece.begin_tile * kKvTile;
         // The last tile need not be full.
         task.end =
             static_cast<int32_t>(std::min<int64_t>(int64_t{piece.end_tile} * kKvTile, task.length));
-        for (int group = 0; group < row_groups; ++group) {
-            task.row_begin = group * kMaxRows;
-            task.num_rows = std::min(kMaxRows, problem.num_rows() - task.row_begin);
+        for (int row = 0; row < sequence.num_rows; row += kMaxRows) {
+            task.row_begin = row;
+            task.num_rows = std::min(kMaxRows, sequence.num_rows - row);
             graph.tasks.push_back(task);
         }
+    }
+    for (const TokenRange& range : problem.fills) {
+        Task task;
+        task.opcode = Opcode::kMlaFill;
+        task.to_output = true;
+        task.token_begin = range.begin;
+        task.token_end = range.end;
+        task.num_rows = (range.end - range.begin) * problem.num_heads;
+        graph.tasks.push_back(task);
     }
     return graph;
 }
 
-std::vector<int32_t> partial_order(const Problem& problem, const Cut& cut) {
-    const int row_groups = problem.row_groups();
+std::vector<int32_t> leaf_order(const Problem& problem, const Cut& cut) {
+    std::vector<int32_t> first_partial;  // of each piece
+    first_partial.reserve(cut.pieces.size());
+    int32_t num_partials = 0;
+    for (const Piece& piece : cut.pieces) {
+        first_partial.push_back(num_partials);
+        num_partials += problem.row_groups(piece.sequence);
+    }
     std::vector<int32_t> order;
-    order.reserve(cut.pieces.size() * row_groups);
+    order.reserve(num_partials + problem.fills.size());
     for (const int32_t piece : cut.start_order) {
+        const int row_groups = problem.row_groups(cut.pieces[piece].sequence);
         for (int group = 0; group < row_groups; ++group) {
-            order.push_back(piece * row_groups + group);
+            order.push_back(first_partial[piece] + group);
         }
+    }
+    for (size_t fill = 0; fill < problem.fills.size(); ++fill) {
+        order.push_back(num_partials + static_cast<int32_t>(fill));
     }
     return order;
 }

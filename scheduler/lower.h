@@ -11,19 +11,30 @@
 
 namespace mla {
 
-// How reductions are sliced by heads and columns, so that many SMs share them.
-struct SliceOptions {
-    bool whole = false;  // one reduction per token and row group, as wide as it can be
-    int log2_scale = 0;  // more (or fewer) slices than the cost model asks for
+// How the reduction of a row group is sliced by rows and columns, so that many SMs share it.
+enum class SliceRule {
+    kFitted,  // as many slices as the cost model asks for, given what else is merged
+    kWhole,   // one
+    // As many slices as there are inputs, or the next fewer of the sequence: all rows; half
+    // of them (rounded up); half of those; ... one row; its columns halved; ... 64 columns. So
+    // a slice reads about what one piece wrote. Depends on the row group's rows and pieces
+    // alone.
+    kBatchInvariant,
 };
 
-// The partials of every piece; row groups of a piece are neighbours.
-TaskGraph lower_partials(const Problem& problem, const Cut& cut);
+struct SliceOptions {
+    SliceRule rule = SliceRule::kFitted;
+    int log2_scale = 0;  // kFitted: more (or fewer) slices than that
+};
 
-// Those tasks as the cut wants them to start.
-std::vector<int32_t> partial_order(const Problem& problem, const Cut& cut);
+// What waits for nothing: the partials, by sequence, piece and row group; then the fills.
+TaskGraph lower_leaves(const Problem& problem, const Cut& cut);
 
-// Appends the reductions to a graph of lower_partials().
+// Those tasks as the cut wants them to start. Row groups of a piece are neighbours; fills
+// come last, for they are short.
+std::vector<int32_t> leaf_order(const Problem& problem, const Cut& cut);
+
+// Appends the reductions to a graph of lower_leaves().
 void lower_reductions(const Problem& problem,
                       const CostModel& cost,
                       const Cut& cut,

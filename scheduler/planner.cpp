@@ -8,6 +8,7 @@
 #include "scheduler/backward.h"
 #include "scheduler/cut.h"
 #include "scheduler/lower.h"
+#include "scheduler/problem.h"
 #include "scheduler/queue_order.h"
 #include "scheduler/serialiser.h"
 #include "scheduler/simulate.h"
@@ -22,23 +23,26 @@ void require(bool condition, const std::string& message) {
     if (!condition) throw std::invalid_argument(message);
 }
 
-void check_problem(const Problem& problem) {
-    check_shape(problem.num_heads, problem.new_tokens, problem.num_workers);
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        require(problem.seq_lens[request] >= 1,
-                "seq_lens[" + std::to_string(request) + "]: expected at least 1, got " +
-                    std::to_string(problem.seq_lens[request]));
+// Before a Problem is made, whose memory is in proportion to its fills.
+void check_size(const Batch& batch) {
+    int64_t instructions = 0;
+    for (int sequence = 0; sequence < batch.num_sequences(); ++sequence) {
+        instructions += num_row_groups(batch.num_heads, batch.new_tokens[sequence]);
     }
-    require(int64_t{problem.num_requests()} * problem.row_groups() <= kMaxInstructions,
-            "seq_lens: " + std::to_string(problem.num_requests()) + " requests need more than " +
+    for (const TokenRange& range : tokens_to_fill(batch)) {
+        instructions += ceil_div(range.end - range.begin, tokens_per_fill(batch.num_heads));
+    }
+    require(instructions <= kMaxInstructions,
+            "seq_lens: " + std::to_string(batch.num_sequences()) + " sequences and " +
+                std::to_string(batch.total_tokens) + " tokens need more than " +
                 std::to_string(kMaxInstructions) + " instructions");
 }
 
 struct Candidate {
     Cut cut;
-    TaskGraph partials;
-    std::vector<int32_t> partial_order;
-    Timeline partial_timeline;  // as if there were no reductions
+    TaskGraph leaves;
+    std::vector<int32_t> leaf_order;
+    Timeline leaf_timeline;  // as if there were no reductions
 
     TaskGraph graph;
     std::vector<int32_t> order;
@@ -48,10 +52,10 @@ struct Candidate {
 Candidate draft(const Problem& problem, const CostModel& cost, Cut cut) {
     Candidate candidate;
     candidate.cut = std::move(cut);
-    candidate.partials = lower_partials(problem, candidate.cut);
-    candidate.partial_order = partial_order(problem, candidate.cut);
-    candidate.partial_timeline =
-        simulate(candidate.partials, candidate.partial_order, problem.num_workers, cost);
+    candidate.leaves = lower_leaves(problem, candidate.cut);
+    candidate.leaf_order = leaf_order(problem, candidate.cut);
+    candidate.leaf_timeline =
+        simulate(candidate.leaves, candidate.leaf_order, problem.num_workers, cost);
     return candidate;
 }
 
@@ -61,26 +65,25 @@ bool complete(const Problem& problem,
               const SliceOptions& slices,
               double give_up_us,
               Candidate& candidate) {
-    if (candidate.partial_timeline.makespan_us >= give_up_us) return false;
-    candidate.graph = candidate.partials;
+    if (candidate.leaf_timeline.makespan_us >= give_up_us) return false;
+    candidate.graph = candidate.leaves;
     lower_reductions(problem, cost, candidate.cut, slices, candidate.graph);
-    const auto num_partials = static_cast<int>(candidate.partial_order.size());
-    if (candidate.graph.tasks.size() == candidate.partial_order.size()) {
-        candidate.order = candidate.partial_order;
-        candidate.timeline = candidate.partial_timeline;
+    const auto num_leaves = static_cast<int>(candidate.leaf_order.size());
+    if (candidate.graph.tasks.size() == candidate.leaf_order.size()) {
+        candidate.order = candidate.leaf_order;
+        candidate.timeline = candidate.leaf_timeline;
         return true;
     }
-    const Forecast times =
-        forecast(candidate.graph, num_partials, candidate.partial_timeline, cost);
+    const Forecast times = forecast(candidate.graph, num_leaves, candidate.leaf_timeline, cost);
     if (times.finish_us >= give_up_us) return false;
-    candidate.order = merge_reductions(candidate.partial_order, candidate.graph, times);
+    candidate.order = merge_reductions(candidate.leaf_order, candidate.graph, times);
     candidate.timeline =
-        num_partials <= problem.num_workers
+        num_leaves <= problem.num_workers
             ? simulate_reductions(candidate.graph,
                                   candidate.order,
                                   problem.num_workers,
                                   cost,
-                                  candidate.partial_timeline)
+                                  candidate.leaf_timeline)
             : simulate(candidate.graph, candidate.order, problem.num_workers, cost);
     return true;
 }
@@ -100,27 +103,29 @@ class Search {
     Search(const Problem& problem, const CostModel& cost) : problem_(problem), cost_(cost) {}
 
     Candidate run() {
-        const int requests = problem_.num_requests();
         const int gangs = problem_.num_gangs();
+        const int64_t unsplit = problem_.gangs_unsplit();
         consider(cut_unsplit(problem_));
+        // Costs so large that no plan ends in a finite time.
+        if (!best_) return evaluate(problem_, cost_, cut_unsplit(problem_), {});
 
-        // Gangs that run several pieces one after the other. With requests so few that each
+        // Gangs that run several pieces one after the other. With sequences so few that each
         // has several gangs, one piece per gang has never been worse.
-        if (2 * requests >= gangs) {
-            for (const int min_tiles : {4, 1}) {
-                for (const LineOrder line_order : {LineOrder::kLongestFirst, LineOrder::kGiven}) {
-                    consider(cut_line(problem_, cost_, gangs, min_tiles, line_order));
-                }
+        if (2 * unsplit >= gangs) {
+            if (problem_.uniform) {
+                consider_lines(gangs);
+            } else {
+                consider_short_pieces(unsplit, gangs);
             }
             // More pieces than gangs, taken as gangs come free.
-            if (requests < 2 * gangs) consider_even(2 * gangs);
+            if (unsplit < 2 * gangs) consider_even(2 * gangs);
         }
         // One wave: every piece on a gang of its own. Fewer pieces than gangs cost no
         // time where the memory is the limit, and are fewer to merge.
         int best_count = 0;
         for (const double share : {1.0, 0.85, 0.75, 0.65, 0.5}) {
             const int count = static_cast<int>(gangs * share);
-            if (count <= requests) break;
+            if (count <= unsplit) break;
             if (consider_even(count)) best_count = count;
         }
         consider_one_length(gangs);
@@ -128,11 +133,8 @@ class Search {
             const int centre = best_count;
             for (const double factor : {1.0 - step, 1.0 + step}) {
                 const int count = std::min(gangs, static_cast<int>(centre * factor + 0.5));
-                if (count > requests && consider_even(count)) best_count = count;
+                if (count > unsplit && consider_even(count)) best_count = count;
             }
-        }
-        if (best_count > kMaxReductionInputs) {
-            consider(cut_even(problem_, cost_, best_count, TreeShape::kLevels));
         }
         refine_slices();
         return std::move(*best_);
@@ -140,10 +142,10 @@ class Search {
 
   private:
     // Simulated instructions, for the cuts and then for their slices. Keeps the planning
-    // of 128 requests under a millisecond.
+    // of 128 sequences under a millisecond.
     static constexpr int64_t kCutBudget = 2500;
     static constexpr int64_t kSliceBudget = 3000;
-    // Even a huge batch gets these: whole requests, and the first two lines.
+    // Even a huge batch gets these: whole sequences, and the first two lines.
     static constexpr int kMinCuts = 3;
     // A plan with more instructions has to win by this much for each.
     static constexpr double kInstructionPenaltyUs = 0.001;
@@ -160,32 +162,38 @@ class Search {
         if (cut.pieces.empty() || out_of_budget(kCutBudget) || !is_new(cut)) return false;
         ++num_cuts_;
         Candidate candidate = draft(problem_, cost_, std::move(cut));
-        spent_ += static_cast<int64_t>(candidate.partials.tasks.size());
+        spent_ += static_cast<int64_t>(candidate.leaves.tasks.size());
         return keep_if_better({}, std::move(candidate));
     }
 
-    bool consider_even(int max_pieces) {
+    bool consider_even(int max_gangs) {
         if (out_of_budget(kCutBudget)) return false;
-        return consider(cut_even(problem_, cost_, max_pieces, TreeShape::kStaggered));
+        return consider(cut_even(problem_, cost_, max_gangs));
     }
 
-    // One wave again, but every piece as long as any other: the shortest length that leaves at
-    // most `max_pieces` of them, and somewhat longer ones.
-    void consider_one_length(int max_pieces) {
-        if (problem_.num_requests() > max_pieces) return;
-        int longest = 0;
-        for (int request = 0; request < problem_.num_requests(); ++request) {
-            longest = std::max(longest, problem_.num_tiles(request));
-        }
-        int shortest = 1;
-        for (int too_long = longest; shortest < too_long;) {
-            const int middle = shortest + (too_long - shortest) / 2;
-            if (num_pieces_of_length(middle) <= max_pieces) {
-                too_long = middle;
-            } else {
-                shortest = middle + 1;
+    void consider_lines(int gangs) {
+        for (const int min_tiles : {4, 1}) {
+            for (const LineOrder line_order : {LineOrder::kLongestFirst, LineOrder::kGiven}) {
+                consider(cut_line(problem_, cost_, gangs, min_tiles, line_order));
             }
         }
+    }
+
+    // More pieces than workers, the longest first: only what is longer than the others is
+    // cut, so that the short ones fill the gaps.
+    void consider_short_pieces(int64_t unsplit, int workers) {
+        for (const double waves : {0.5, 1.0, 2.0}) {
+            const int tiles = shortest_length(unsplit + static_cast<int64_t>(workers * waves));
+            if (!out_of_budget(kCutBudget)) consider(cut_fixed(problem_, tiles));
+        }
+    }
+
+    // One wave again, but every piece as long as any other: the shortest length that fits, and
+    // somewhat longer ones.
+    void consider_one_length(int max_gangs) {
+        if (problem_.gangs_unsplit() > max_gangs) return;
+        const int longest = problem_.longest();
+        const int shortest = shortest_length(max_gangs);
         int previous = 0;
         for (const double factor : {1.0, 1.12, 1.25}) {
             const int tiles = std::max(previous + 1, static_cast<int>(shortest * factor + 0.5));
@@ -195,12 +203,27 @@ class Search {
         }
     }
 
-    int64_t num_pieces_of_length(int tiles) const {
-        int64_t pieces = 0;
-        for (int request = 0; request < problem_.num_requests(); ++request) {
-            pieces += ceil_div(problem_.num_tiles(request), tiles);
+    // Of all pieces, in tiles, that keeps at most `max_gangs` gangs busy.
+    int shortest_length(int64_t max_gangs) const {
+        int shortest = 1;
+        for (int too_long = problem_.longest(); shortest < too_long;) {
+            const int middle = shortest + (too_long - shortest) / 2;
+            if (num_gangs_for(middle) <= max_gangs) {
+                too_long = middle;
+            } else {
+                shortest = middle + 1;
+            }
         }
-        return pieces;
+        return shortest;
+    }
+
+    int64_t num_gangs_for(int tiles_per_piece) const {
+        int64_t gangs = 0;
+        for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
+            gangs += int64_t{ceil_div(problem_.num_tiles(sequence), tiles_per_piece)} *
+                     problem_.gangs_per_piece(sequence);
+        }
+        return gangs;
     }
 
     bool keep_if_better(const SliceOptions& slices, Candidate candidate) {
@@ -213,10 +236,10 @@ class Search {
     }
 
     void refine_slices() {
-        if (best_->graph.inputs.empty()) return;
+        if (best_->graph.merges.empty()) return;
         for (const int direction : {1, -1}) {
             for (int scale = direction; !out_of_budget(kSliceBudget); scale += direction) {
-                if (!keep_if_better({false, scale}, *best_)) break;
+                if (!keep_if_better({SliceRule::kFitted, scale}, *best_)) break;
             }
         }
     }
@@ -227,7 +250,7 @@ class Search {
         constexpr uint64_t kFnvPrime = 0x100000001b3;
         uint64_t digest = kFnvOffset;
         for (const Piece& piece : cut.pieces) {
-            digest = (digest ^ static_cast<uint32_t>(piece.request)) * kFnvPrime;
+            digest = (digest ^ static_cast<uint32_t>(piece.sequence)) * kFnvPrime;
             digest = (digest ^ static_cast<uint32_t>(piece.end_tile)) * kFnvPrime;
         }
         if (std::find(seen_.begin(), seen_.end(), digest) != seen_.end()) return false;
@@ -243,59 +266,72 @@ class Search {
     int64_t spent_ = 0;
 };
 
-Candidate plan_fixed(const Problem& problem, const CostModel& cost, int split_tiles) {
-    require(
-        split_tiles >= 1,
-        "split_tiles: the policy 'fixed' expects at least 1, got " + std::to_string(split_tiles));
-    int64_t pieces = 0;
-    for (int request = 0; request < problem.num_requests(); ++request) {
-        pieces += ceil_div(problem.num_tiles(request), split_tiles);
+Candidate plan_fixed(const Problem& problem,
+                     const CostModel& cost,
+                     int split_tiles,
+                     const SliceOptions& slices) {
+    require(split_tiles >= 1,
+            "split_tiles: the policies that need it expect at least 1, got " +
+                std::to_string(split_tiles));
+    int64_t partials = 0;
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        const int pieces = ceil_div(problem.num_tiles(sequence), split_tiles);
+        require(pieces <= kMaxRunInputs,
+                "split_tiles: " + std::to_string(split_tiles) + " would cut a sequence into " +
+                    std::to_string(pieces) + " pieces, a reduction reads at most " +
+                    std::to_string(kMaxRunInputs));
+        partials += int64_t{pieces} * problem.row_groups(sequence);
     }
-    require(pieces * problem.row_groups() <= kMaxInstructions,
+    require(partials <= kMaxInstructions,
             "split_tiles: " + std::to_string(split_tiles) + " would need more than " +
                 std::to_string(kMaxInstructions) + " instructions");
-    return evaluate(problem, cost, cut_fixed(problem, split_tiles), {});
+    return evaluate(problem, cost, cut_fixed(problem, split_tiles), slices);
 }
 
 Candidate choose(const Problem& problem, const CostModel& cost, Policy policy, int split_tiles) {
     switch (policy) {
-        case Policy::kBackward: {
-            const SliceOptions unsliced{true, 0};
-            return evaluate(problem, cost, cut_backward(problem, cost), unsliced);
-        }
+        case Policy::kBackward:
+            return evaluate(problem, cost, cut_backward(problem, cost), {SliceRule::kWhole, 0});
         case Policy::kUnsplit:
-            return evaluate(problem, cost, cut_unsplit(problem), {});
-        case Policy::kFixed:
-            return plan_fixed(problem, cost, split_tiles);
-        case Policy::kBalanced:
             break;
+        case Policy::kFixed:
+            return plan_fixed(problem, cost, split_tiles, {});
+        case Policy::kBatchInvariant:
+            return plan_fixed(problem,
+                              cost,
+                              split_tiles == 0 ? kInvariantTiles : split_tiles,
+                              {SliceRule::kBatchInvariant, 0});
+        case Policy::kBalanced:
+            if (!problem.sequences.empty()) return Search(problem, cost).run();
     }
-    return Search(problem, cost).run();
+    return evaluate(problem, cost, cut_unsplit(problem), {});
 }
 
 }  // namespace
 
 Policy parse_policy(const std::string& name) {
-    if (name == "balanced") return Policy::kBalanced;
-    if (name == "backward") return Policy::kBackward;
-    if (name == "unsplit") return Policy::kUnsplit;
-    if (name == "fixed") return Policy::kFixed;
-    throw std::invalid_argument(
-        "policy: expected 'balanced', 'backward', 'unsplit' or 'fixed', got '" + name + "'");
+    std::string names;
+    for (const PolicyName& known : kPolicyNames) {
+        if (name == known.name) return known.policy;
+        names += std::string("'") + known.name + "', ";
+    }
+    throw std::invalid_argument("policy: expected " + names + "got '" + name + "'");
 }
 
-Plan plan(const Problem& problem, const CostModel& cost, Policy policy, int split_tiles) {
-    check_problem(problem);
+Plan plan(
+    const Batch& batch, int num_workers, const CostModel& cost, Policy policy, int split_tiles) {
+    check_batch(batch);
+    check_range("num_workers", num_workers, 1, kMaxWorkers);
     check_cost_model(cost);
+    check_size(batch);
 
     Plan result;
-    result.num_workers = problem.num_workers;
-    if (problem.num_requests() == 0) return result;
-
+    result.num_workers = num_workers;
+    const Problem problem = make_problem(batch, num_workers);
     const Candidate chosen = choose(problem, cost, policy, split_tiles);
     const std::vector<int32_t>& order = chosen.order;
     const Timeline& timeline = chosen.timeline;
-    result.num_slots = serialise(chosen.graph, order, result.words);
+    result.num_slots = serialise(chosen.graph, order, batch.num_heads, result.words);
     result.predicted_us = timeline.makespan_us;
     for (const int32_t task : order) {
         result.worker.push_back(timeline.worker[task]);

@@ -5,19 +5,39 @@
 #include <string>
 #include <vector>
 
+#include "scheduler/batch.h"
 #include "scheduler/cost_model.h"
-#include "scheduler/problem.h"
 
 namespace mla {
 
 enum class Policy {
     kBalanced,  // the best of many cuts, by simulation
     kBackward,  // see backward.h
-    kUnsplit,   // one piece per request
+    kUnsplit,   // one piece per sequence
     kFixed,     // pieces of a given number of tiles
+    // As kFixed, with reductions sliced by SliceRule::kBatchInvariant (see lower.h): of a
+    // sequence's instructions, only slots, uids and places in the queue depend on the rest
+    // of the batch and on the number of workers.
+    kBatchInvariant,
 };
 
-// "balanced", "backward", "unsplit" or "fixed"; otherwise std::invalid_argument.
+struct PolicyName {
+    Policy policy;
+    const char* name;
+};
+
+inline constexpr PolicyName kPolicyNames[] = {
+    {Policy::kBalanced, "balanced"},
+    {Policy::kBackward, "backward"},
+    {Policy::kUnsplit, "unsplit"},
+    {Policy::kFixed, "fixed"},
+    {Policy::kBatchInvariant, "batch_invariant"},
+};
+
+// Tiles per piece of Policy::kBatchInvariant, unless others are asked for.
+inline constexpr int kInvariantTiles = 16;
+
+// std::invalid_argument if it is the name of none.
 Policy parse_policy(const std::string& name);
 
 struct Plan {
@@ -33,8 +53,9 @@ struct Plan {
     int num_instructions() const { return static_cast<int>(words.size()) / kInstructionWords; }
 };
 
-// `split_tiles` is for Policy::kFixed alone, which needs it. Throws std::invalid_argument
-// naming the argument.
-Plan plan(const Problem& problem, const CostModel& cost, Policy policy, int split_tiles);
+// `split_tiles` is for Policy::kFixed, which needs it, and for Policy::kBatchInvariant, which
+// takes 0 for kInvariantTiles. Throws std::invalid_argument naming the argument.
+Plan plan(
+    const Batch& batch, int num_workers, const CostModel& cost, Policy policy, int split_tiles);
 
 }  // namespace mla

@@ -1,4 +1,4 @@
-// Where the reductions go in a queue of partials.
+// Where the reductions go among the tasks that wait for nothing.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,19 @@ namespace mla {
 // When each task could begin if reductions never lacked a worker.
 struct Forecast {
     std::vector<double> begin_us;  // by task
-    double finish_us = 0.0;        // no schedule of these partials ends earlier
+    double finish_us = 0.0;        // no schedule of these leaves ends earlier
 };
 
-// `partials` is the simulation of the partials alone, which come first in the graph.
+// `leaves` is the simulation of the tasks without inputs alone, which come first in the
+// graph. The slices of a merge are neighbours in it.
 Forecast forecast(const TaskGraph& graph,
-                  int num_partials,
-                  const Timeline& partials,
+                  int num_leaves,
+                  const Timeline& leaves,
                   const CostModel& cost);
 
-// The partials in their order, each reduction where its inputs are expected to be there.
+// The leaves in their order, each reduction where its inputs are expected to be there.
 // A linear extension of the dependencies.
-std::vector<int32_t> merge_reductions(const std::vector<int32_t>& partial_order,
+std::vector<int32_t> merge_reductions(const std::vector<int32_t>& leaf_order,
                                       const TaskGraph& graph,
                                       const Forecast& forecast);
 

@@ -1,11 +1,12 @@
 #include "scheduler/serialiser.h"
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <unordered_map>
 
+#include "scheduler/batch.h"
 #include "scheduler/errors.h"
-#include "scheduler/problem.h"
 
 namespace mla {
 
@@ -13,7 +14,7 @@ namespace {
 
 void write_partial(const Task& task, int32_t dst_batch, int32_t* words) {
     words[PartialWords::kDstBatch] = dst_batch;
-    words[PartialWords::kQBatch] = task.request;
+    words[PartialWords::kQBatch] = task.sequence;
     words[PartialWords::kStart] = task.start;
     words[PartialWords::kEnd] = task.end;
     words[PartialWords::kLength] = task.length;
@@ -21,54 +22,219 @@ void write_partial(const Task& task, int32_t dst_batch, int32_t* words) {
     words[PartialWords::kNumRows] = task.num_rows;
 }
 
-void write_reduction(const Task& task,
-                     int32_t dst_batch,
-                     const TaskGraph& graph,
-                     const std::vector<int32_t>& uids,
-                     int32_t* words) {
-    const ReductionShape shape{
-        task.num_inputs, task.head_begin, task.num_heads, task.col_begin, task.num_cols};
+// Tasks between those of a run are of the same sequence and write scratch as well, so a run
+// of tasks is a run of slots, with the same step. Its rows count from token 0, head 0.
+void write_run(const Task& task,
+               int32_t dst_batch,
+               const Merge& run,
+               const std::vector<int32_t>& uids,
+               int32_t* words) {
+    const ReductionShape shape{1, 0, task.num_rows, task.col_begin, task.num_cols, true};
     words[ReductionWords::kShape] = shape.pack();
     words[ReductionWords::kDstBatch] = dst_batch;
-    words[ReductionWords::kDstSeq] = task.token;
-    for (int i = 0; i < task.num_inputs; ++i) {
-        words[ReductionWords::kInputs + i] = uids[graph.inputs[task.input_begin + i]];
+    words[ReductionWords::kRunFirst] = uids[run.first];
+    words[ReductionWords::kRunCount] = run.num_inputs;
+    words[ReductionWords::kRunStep] = run.step;
+    words[ReductionWords::kRunRowOffset] = task.row_begin;
+}
+
+void write_list(const Task& task,
+                int32_t dst_batch,
+                const TaskGraph& graph,
+                int num_heads,
+                const std::vector<int32_t>& uids,
+                int32_t* words) {
+    const Merge& merge = graph.merges[task.merge];
+    const int head_begin = task.row_begin % num_heads;
+    const ReductionShape shape{
+        merge.num_inputs, head_begin, task.num_rows, task.col_begin, task.num_cols, false};
+    words[ReductionWords::kShape] = shape.pack();
+    words[ReductionWords::kDstBatch] = dst_batch;
+    words[ReductionWords::kDstSeq] = task.row_begin / num_heads;
+    for (int i = 0; i < merge.num_inputs; ++i) {
+        words[ReductionWords::kInputs + i] = uids[graph.input(merge, i)];
     }
 }
 
-// Clamped: only its cost is wanted.
-int32_t num_rows_of(const int32_t* partial, int num_heads, int new_tokens) {
-    const int64_t stated = partial[PartialWords::kNumRows];
-    const int64_t all = int64_t{num_heads} * (int64_t{new_tokens} - partial[PartialWords::kQSeq]) -
-                        partial[PartialWords::kRowBegin];
-    return static_cast<int32_t>(std::clamp<int64_t>(stated == 0 ? all : stated, 0, kMaxRows));
-}
+class Parser {
+  public:
+    Parser(int num_heads, const NewTokens& new_tokens)
+        : num_heads_(num_heads), new_tokens_(new_tokens) {}
+
+    // False at the end of the queue.
+    bool parse(const int32_t* words, int64_t index) {
+        words_ = words;
+        index_ = index;
+        Task task;
+        task.opcode = static_cast<Opcode>(words[kWordOpcode]);
+        switch (task.opcode) {
+            case Opcode::kEndOfQueue:
+                return false;
+            case Opcode::kNoop:
+                break;
+            case Opcode::kMlaPartial:
+                parse_partial(task);
+                break;
+            case Opcode::kMlaReduction:
+                parse_reduction(task);
+                break;
+            case Opcode::kMlaFill:
+                parse_fill(task);
+                break;
+            default:
+                fail("unknown opcode " + std::to_string(words[kWordOpcode]) + " (rule: opcode)");
+        }
+        if (task.opcode != Opcode::kNoop) {
+            task_of_uid_[words[kWordUid]] = static_cast<int32_t>(graph_.tasks.size());
+        }
+        graph_.tasks.push_back(task);
+        return true;
+    }
+
+    TaskGraph take_graph() { return std::move(graph_); }
+
+  private:
+    [[noreturn]] void fail(const std::string& problem) const {
+        throw ScheduleError("instruction " + std::to_string(index_) + ", uid " +
+                            std::to_string(words_[kWordUid]) + ": " + problem);
+    }
+
+    void parse_partial(Task& task) const {
+        task.start = words_[PartialWords::kStart];
+        task.end = words_[PartialWords::kEnd];
+        task.to_output = words_[PartialWords::kDstBatch] >= 0;
+        const int new_tokens = tokens_of(words_[PartialWords::kQBatch]);
+        task.kv_sharing = std::max(1, num_row_groups(num_heads_, new_tokens));
+        // Clamped: only its cost is wanted.
+        const int64_t stated = words_[PartialWords::kNumRows];
+        const int64_t left =
+            int64_t{num_heads_} * (int64_t{new_tokens} - words_[PartialWords::kQSeq]) -
+            words_[PartialWords::kRowBegin];
+        task.num_rows =
+            static_cast<int32_t>(std::clamp<int64_t>(stated == 0 ? left : stated, 0, kMaxRows));
+    }
+
+    int tokens_of(int32_t sequence) const {
+        if (new_tokens_.each.empty()) return new_tokens_.uniform;
+        const auto count = static_cast<int64_t>(new_tokens_.each.size());
+        if (sequence < 0 || sequence >= count) {
+            fail("q_batch " + std::to_string(sequence) + " is outside [0, " +
+                 std::to_string(count) + ") (rule: request)");
+        }
+        return new_tokens_.each[sequence];
+    }
+
+    void parse_reduction(Task& task) {
+        const auto shape = ReductionShape::unpack(words_[ReductionWords::kShape]);
+        task.num_rows =
+            shape.num_rows == 0 ? std::max(0, num_heads_ - shape.head_begin) : shape.num_rows;
+        task.num_cols = shape.num_cols == 0 ? kLatentDim - shape.col_begin : shape.num_cols;
+        task.merge = shape.is_run ? merge_of_run() : merge_of_list(shape.num_listed);
+    }
+
+    int32_t merge_of_list(int num_inputs) {
+        if (num_inputs > kMaxReductionInputs) {
+            fail(std::to_string(num_inputs) + " inputs, a list holds " +
+                 std::to_string(kMaxReductionInputs) + " (rule: input-count)");
+        }
+        const auto first = static_cast<int32_t>(graph_.inputs.size());
+        for (int i = 0; i < num_inputs; ++i) add_input(words_[ReductionWords::kInputs + i]);
+        return add_merge(first, num_inputs);
+    }
+
+    int32_t merge_of_run() {
+        const Run run{words_[ReductionWords::kRunFirst],
+                      words_[ReductionWords::kRunCount],
+                      words_[ReductionWords::kRunStep]};
+        if (run.num_inputs < 1 || run.num_inputs > kMaxRunInputs) {
+            fail(std::to_string(run.num_inputs) + " inputs, a run holds 1 to " +
+                 std::to_string(kMaxRunInputs) + " (rule: input-count)");
+        }
+        // Slices of one merge usually follow each other.
+        if (run == last_run_) return last_run_merge_;
+        const auto first = static_cast<int32_t>(graph_.inputs.size());
+        for (int64_t i = 0; i < run.num_inputs; ++i) add_input(run.first + i * run.step);
+        last_run_ = run;
+        last_run_merge_ = add_merge(first, run.num_inputs);
+        return last_run_merge_;
+    }
+
+    void add_input(int64_t uid) {
+        const auto writer = task_of_uid_.find(uid);
+        if (writer == task_of_uid_.end()) {
+            fail("no earlier instruction writes input " + std::to_string(uid) + " (rule: order)");
+        }
+        if (graph_.inputs.size() == std::numeric_limits<int32_t>::max()) {
+            fail("too many inputs in all (rule: input-count)");
+        }
+        graph_.inputs.push_back(writer->second);
+    }
+
+    int32_t add_merge(int32_t first, int num_inputs) {
+        graph_.merges.push_back({first, num_inputs, 0});
+        return static_cast<int32_t>(graph_.merges.size()) - 1;
+    }
+
+    void parse_fill(Task& task) const {
+        task.to_output = true;
+        const int64_t tokens =
+            int64_t{words_[FillWords::kTokenEnd]} - words_[FillWords::kTokenBegin];
+        task.num_rows = static_cast<int32_t>(
+            std::clamp<int64_t>(tokens * num_heads_, 0, std::numeric_limits<int32_t>::max()));
+    }
+
+    struct Run {
+        int32_t first;
+        int32_t num_inputs;
+        int32_t step;
+        bool operator==(const Run& other) const {
+            return first == other.first && num_inputs == other.num_inputs && step == other.step;
+        }
+    };
+
+    const int num_heads_;
+    const NewTokens& new_tokens_;
+    const int32_t* words_ = nullptr;  // of the instruction in hand
+    int64_t index_ = 0;
+    TaskGraph graph_;
+    std::unordered_map<int64_t, int32_t> task_of_uid_;
+    Run last_run_{0, 0, 0};
+    int32_t last_run_merge_ = kNoMerge;
+};
 
 }  // namespace
 
 int serialise(const TaskGraph& graph,
               const std::vector<int32_t>& order,
+              int num_heads,
               std::vector<int32_t>& words) {
+    std::vector<int32_t> uids(graph.tasks.size());
     int32_t num_slots = 0;
-    for (const int32_t index : order) num_slots += !graph.tasks[index].to_output;
+    for (size_t i = 0; i < graph.tasks.size(); ++i) {
+        if (!graph.tasks[i].to_output) uids[i] = num_slots++;
+    }
+    int32_t next_other = num_slots;
+    for (const int32_t index : order) {
+        if (graph.tasks[index].to_output) uids[index] = next_other++;
+    }
 
     words.assign(order.size() * kInstructionWords, 0);
-    std::vector<int32_t> uids(graph.tasks.size());
-    int32_t next_slot = 0;
-    int32_t next_other = num_slots;
     for (size_t i = 0; i < order.size(); ++i) {
         const Task& task = graph.tasks[order[i]];
-        const int32_t uid = task.to_output ? next_other++ : next_slot++;
-        const int32_t dst_batch = task.to_output ? task.request : -uid - 1;
-        uids[order[i]] = uid;
-
+        const int32_t uid = uids[order[i]];
+        const int32_t dst_batch = task.to_output ? task.sequence : -uid - 1;
         int32_t* instruction = words.data() + i * kInstructionWords;
         instruction[kWordOpcode] = static_cast<int32_t>(task.opcode);
         instruction[kWordUid] = uid;
         if (task.opcode == Opcode::kMlaPartial) {
             write_partial(task, dst_batch, instruction);
+        } else if (task.opcode == Opcode::kMlaFill) {
+            instruction[FillWords::kTokenBegin] = task.token_begin;
+            instruction[FillWords::kTokenEnd] = task.token_end;
+        } else if (graph.merges[task.merge].step > 0) {
+            write_run(task, dst_batch, graph.merges[task.merge], uids, instruction);
         } else {
-            write_reduction(task, dst_batch, graph, uids, instruction);
+            write_list(task, dst_batch, graph, num_heads, uids, instruction);
         }
     }
     return num_slots;
@@ -77,52 +243,12 @@ int serialise(const TaskGraph& graph,
 TaskGraph parse_tasks(const int32_t* words,
                       int64_t num_instructions,
                       int num_heads,
-                      int new_tokens) {
-    TaskGraph graph;
-    graph.kv_sharing = num_row_groups(num_heads, new_tokens);
-    std::unordered_map<int32_t, int32_t> task_of_uid;
+                      const NewTokens& new_tokens) {
+    Parser parser(num_heads, new_tokens);
     for (int64_t i = 0; i < num_instructions; ++i) {
-        const int32_t* instruction = words + i * kInstructionWords;
-        const auto fail = [&](const std::string& problem) {
-            throw ScheduleError("instruction " + std::to_string(i) + ", uid " +
-                                std::to_string(instruction[kWordUid]) + ": " + problem);
-        };
-        Task task;
-        task.opcode = static_cast<Opcode>(instruction[kWordOpcode]);
-        if (task.opcode == Opcode::kEndOfQueue) break;
-        if (task.opcode == Opcode::kMlaPartial) {
-            task.start = instruction[PartialWords::kStart];
-            task.end = instruction[PartialWords::kEnd];
-            task.to_output = instruction[PartialWords::kDstBatch] >= 0;
-            task.num_rows = num_rows_of(instruction, num_heads, new_tokens);
-        } else if (task.opcode == Opcode::kMlaReduction) {
-            const auto shape = ReductionShape::unpack(instruction[ReductionWords::kShape]);
-            if (shape.num_inputs > kMaxReductionInputs) {
-                fail(std::to_string(shape.num_inputs) + " inputs, a reduction holds " +
-                     std::to_string(kMaxReductionInputs) + " (rule: input-count)");
-            }
-            task.num_heads = shape.num_heads == 0 ? num_heads : shape.num_heads;
-            task.num_cols = shape.num_cols == 0 ? kLatentDim : shape.num_cols;
-            task.num_inputs = shape.num_inputs;
-            task.input_begin = static_cast<int32_t>(graph.inputs.size());
-            for (int input = 0; input < shape.num_inputs; ++input) {
-                const int32_t uid = instruction[ReductionWords::kInputs + input];
-                const auto writer = task_of_uid.find(uid);
-                if (writer == task_of_uid.end()) {
-                    fail("no earlier instruction writes input " + std::to_string(uid) +
-                         " (rule: order)");
-                }
-                graph.inputs.push_back(writer->second);
-            }
-        } else if (task.opcode != Opcode::kNoop) {
-            fail("unknown opcode " + std::to_string(instruction[kWordOpcode]) + " (rule: opcode)");
-        }
-        if (task.opcode != Opcode::kNoop) {
-            task_of_uid[instruction[kWordUid]] = static_cast<int32_t>(graph.tasks.size());
-        }
-        graph.tasks.push_back(task);
+        if (!parser.parse(words + i * kInstructionWords, i)) break;
     }
-    return graph;
+    return parser.take_graph();
 }
 
 }  // namespace mla

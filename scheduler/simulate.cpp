@@ -71,7 +71,8 @@ class Simulation {
           cost_(cost),
           partials_(partials),
           workers_(std::min<size_t>(num_workers, order.size())),
-          waits_(graph.tasks.size()),
+          sleepers_(graph.tasks.size()),
+          waits_(graph.merges.size()),
           first_streams_(workers_.size()),
           next_streams_(order.size() - workers_.size()),
           streaming_(workers_.size()),
@@ -100,19 +101,26 @@ class Simulation {
         bool follows = false;  // has run an instruction before this one
     };
 
-    // A reduction sleeps on one unfinished input at a time; sleepers on the same input
-    // form a list.
+    // The reductions of a merge that have a worker wait together; the merge sleeps on one
+    // unfinished input at a time.
     struct Wait {
-        int32_t first_sleeper = kNone;  // on this task
-        int32_t next_sleeper = kNone;   // on the same input as this task
-        int32_t num_seen = 0;           // inputs that have ended
-        double ready_us = 0.0;          // when all of those are visible
+        int32_t first_reduction = kNone;  // that waits
+        int32_t next_sleeper = kNone;     // on the same input as this merge
+        int32_t num_seen = 0;             // inputs that have ended
+        bool asleep = false;
+        double ready_us = 0.0;  // when all of those are visible
+    };
+
+    // Heads and links of lists through the tasks.
+    struct Sleepers {
+        int32_t first_merge = kNone;     // that sleeps on this task
+        int32_t next_reduction = kNone;  // that waits for the same merge as this task
     };
 
     // Handles the next event; false when there is none. Progress is counted in tiles that
     // every streaming partial has advanced, so that a change of rate moves no event.
     bool advance() {
-        const double tile_us = cost_.tile_us(num_streams_, graph_.kv_sharing);
+        const double tile_us = cost_.stream_tile_us(num_streams_, num_different_streams_);
         const double stream_end_us =
             streaming_.empty() ? kNever
                                : now_ + std::max(0.0, streaming_.next_at() - tiles_done_) * tile_us;
@@ -128,10 +136,13 @@ class Simulation {
         if (at_us == stream_end_us) {
             const int32_t worker = streaming_.pop().worker;
             --num_streams_;
+            num_different_streams_ -= 1.0 / task_of(worker).kv_sharing;
+            if (num_streams_ == 0) num_different_streams_ = 0.0;  // rid of rounding errors
             ending_.push({now_ + partial_store_us(task_of(worker), cost_), worker});
         } else if (at_us == begin_us) {
             const int32_t worker = begins.pop().worker;
             ++num_streams_;
+            num_different_streams_ += 1.0 / task_of(worker).kv_sharing;
             streaming_.push({tiles_done_ + num_kv_tiles(task_of(worker)), worker});
         } else {
             finish(ending_.pop().worker);
@@ -159,44 +170,75 @@ class Simulation {
                 }
                 break;
             case Opcode::kMlaReduction:
-                begin_or_sleep(worker.task);
+                begin_or_wait(worker.task);
+                break;
+            case Opcode::kMlaFill:
+                ending_.push({now_ + fill_us(task_of(index), cost_), index});
                 break;
             default:
                 ending_.push({now_ + cost_.instruction_us, index});
         }
     }
 
-    void begin_or_sleep(int32_t reduction) {
-        const Task& task = graph_.tasks[reduction];
-        Wait& wait = waits_[reduction];
-        for (; wait.num_seen < task.num_inputs; ++wait.num_seen) {
-            const int32_t input = graph_.inputs[task.input_begin + wait.num_seen];
+    void begin_or_wait(int32_t reduction) {
+        const int32_t merge = graph_.tasks[reduction].merge;
+        if (inputs_ended(merge)) {
+            begin(reduction);
+            return;
+        }
+        sleepers_[reduction].next_reduction = waits_[merge].first_reduction;
+        waits_[merge].first_reduction = reduction;
+    }
+
+    // Otherwise the merge sleeps on an input that has not.
+    bool inputs_ended(int32_t index) {
+        const Merge& merge = graph_.merges[index];
+        Wait& wait = waits_[index];
+        if (wait.asleep) return false;
+        for (; wait.num_seen < merge.num_inputs; ++wait.num_seen) {
+            const int32_t input = graph_.input(merge, wait.num_seen);
             if (timeline_.end_us[input] == kNotEnded) {
-                wait.next_sleeper = waits_[input].first_sleeper;
-                waits_[input].first_sleeper = reduction;
-                return;
+                wait.next_sleeper = sleepers_[input].first_merge;
+                sleepers_[input].first_merge = index;
+                wait.asleep = true;
+                return false;
             }
             wait.ready_us = std::max(wait.ready_us, timeline_.end_us[input] + cost_.dependency_us);
         }
+        return true;
+    }
+
+    void begin(int32_t reduction) {
+        const Task& task = graph_.tasks[reduction];
+        const double ready_us = waits_[task.merge].ready_us;
         const int32_t index = timeline_.worker[reduction];
         const double start_us = timeline_.start_us[reduction];
-        const bool follows = workers_[index].follows && wait.ready_us <= start_us;
+        const bool follows = workers_[index].follows && ready_us <= start_us;
         // Decoding is hidden by the wait, if there is one.
         const double decoded_us = start_us + (follows ? 0.0 : cost_.instruction_us);
-        ending_.push(
-            {std::max(decoded_us, wait.ready_us) + reduction_us(task, follows, cost_), index});
+        const double busy_us =
+            reduction_us(graph_.num_inputs(task), task.num_rows, task.num_cols, follows, cost_);
+        ending_.push({std::max(decoded_us, ready_us) + busy_us, index});
     }
 
     void finish(int32_t index) {
         const int32_t task = workers_[index].task;
         timeline_.end_us[task] = now_;
-        int32_t sleeper = waits_[task].first_sleeper;
-        while (sleeper != kNone) {
-            const int32_t next = waits_[sleeper].next_sleeper;
-            begin_or_sleep(sleeper);
-            sleeper = next;
+        for (int32_t merge = sleepers_[task].first_merge; merge != kNone;) {
+            const int32_t next = waits_[merge].next_sleeper;
+            wake(merge);
+            merge = next;
         }
         take_ticket(index);
+    }
+
+    void wake(int32_t merge) {
+        waits_[merge].asleep = false;
+        if (!inputs_ended(merge)) return;
+        int32_t reduction = waits_[merge].first_reduction;
+        for (; reduction != kNone; reduction = sleepers_[reduction].next_reduction) {
+            begin(reduction);
+        }
     }
 
     const TaskGraph& graph_;
@@ -204,15 +246,17 @@ class Simulation {
     const CostModel& cost_;
     const Timeline* partials_;  // if their times are known
     std::vector<Worker> workers_;
-    std::vector<Wait> waits_;
-    EventFifo first_streams_;  // begins of a worker's first partial, and of later ones:
-    EventFifo next_streams_;   // each after a constant time, so in order
-    EventHeap streaming_;      // ends of streams, in tiles on the scale of tiles_done_
-    EventHeap ending_;         // ends of instructions
+    std::vector<Sleepers> sleepers_;  // of each task
+    std::vector<Wait> waits_;         // of each merge
+    EventFifo first_streams_;         // begins of a worker's first partial, and of later ones:
+    EventFifo next_streams_;          // each after a constant time, so in order
+    EventHeap streaming_;             // ends of streams, in tiles on the scale of tiles_done_
+    EventHeap ending_;                // ends of instructions
     Timeline timeline_;
     double now_ = 0.0;
     double tiles_done_ = 0.0;
     int num_streams_ = 0;
+    double num_different_streams_ = 0.0;  // streams that read the same KV count as one
     size_t next_ticket_ = 0;
 };
 

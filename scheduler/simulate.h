@@ -27,9 +27,9 @@ Timeline simulate(const TaskGraph& graph,
                   int num_workers,
                   const CostModel& cost);
 
-// The same for a queue that begins with all of its partials, no more than there are
-// workers: reductions cannot delay them, so they keep the times of `partials`, a
-// simulation without reductions.
+// The same for a queue that begins with all of its partials and fills, no more than there
+// are workers: reductions cannot delay them, so the partials keep the times of `partials`,
+// a simulation without reductions.
 Timeline simulate_reductions(const TaskGraph& graph,
                              const std::vector<int32_t>& order,
                              int num_workers,

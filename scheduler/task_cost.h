@@ -26,10 +26,18 @@ inline double partial_store_us(const Task& partial, const CostModel& cost) {
 
 // Once its inputs are visible. `follows`: its worker ran an instruction before, and the
 // inputs were there already.
-inline double reduction_us(const Task& reduction, bool follows, const CostModel& cost) {
-    const double bytes = 4.0 * reduction.num_inputs * reduction.num_heads * reduction.num_cols;
+inline double reduction_us(
+    int num_inputs, int num_rows, int num_cols, bool follows, const CostModel& cost) {
+    const double bytes = 4.0 * num_inputs * num_rows * num_cols;
     return (follows ? cost.reduction_next_us : cost.reduction_fixed_us) +
            cost.reduction_kib_us * bytes / kBytesPerKib;
+}
+
+// All of it. One SM stores zeros about as fast as it streams tiles.
+inline double fill_us(const Task& fill, const CostModel& cost) {
+    constexpr double kTileBytes = kKvTile * (kLatentDim + kRopeDim) * 2.0;
+    const double bytes = kLatentDim * 2.0 * fill.num_rows;
+    return cost.instruction_us + cost.partial_tile_compute_us * bytes / kTileBytes;
 }
 
 }  // namespace mla

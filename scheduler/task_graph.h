@@ -8,34 +8,50 @@
 
 namespace mla {
 
+inline constexpr int32_t kNoMerge = -1;
+
 struct Task {
     Opcode opcode = Opcode::kNoop;
     bool to_output = false;  // otherwise to a scratch slot of its own
-    int32_t request = 0;
+    int32_t sequence = 0;    // in the batch
 
-    // Partial: rows [row_begin, row_begin + num_rows) over KV positions [start, end).
+    // Rows of the sequence, all in one row group. A fill only counts them.
     int32_t row_begin = 0;
     int32_t num_rows = 0;
+
+    // Partial: KV positions [start, end).
     int32_t start = 0;
     int32_t end = 0;
-    int32_t length = 0;  // of the request
+    int32_t length = 0;      // of the sequence
+    int32_t kv_sharing = 1;  // row groups of the sequence: partials that read the same KV
 
-    // Reduction: one token, a slice of heads and columns.
-    int32_t token = 0;
-    int32_t head_begin = 0;
-    int32_t num_heads = 0;
+    // Reduction: a slice of columns, and what is merged.
     int32_t col_begin = 0;
     int32_t num_cols = 0;
+    int32_t merge = kNoMerge;  // in TaskGraph::merges
 
-    // The tasks that it reads: TaskGraph::inputs[input_begin, input_begin + num_inputs).
-    int32_t input_begin = 0;
+    // Fill: flat tokens.
+    int32_t token_begin = 0;
+    int32_t token_end = 0;
+};
+
+// What the slices of one reduction read: tasks first, first + step, ..., or, with step 0,
+// those that TaskGraph::inputs lists from `first` on.
+struct Merge {
+    int32_t first = 0;
     int32_t num_inputs = 0;
+    int32_t step = 0;
 };
 
 struct TaskGraph {
-    std::vector<Task> tasks;      // inputs before their readers
+    std::vector<Task> tasks;  // inputs before their readers
+    std::vector<Merge> merges;
     std::vector<int32_t> inputs;  // indices into tasks
-    int kv_sharing = 1;           // partials that read the same KV at the same time
+
+    int32_t input(const Merge& merge, int i) const {
+        return merge.step == 0 ? inputs[merge.first + i] : merge.first + i * merge.step;
+    }
+    int num_inputs(const Task& reduction) const { return merges[reduction.merge].num_inputs; }
 };
 
 }  // namespace mla

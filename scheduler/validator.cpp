@@ -8,7 +8,6 @@
 #include <unordered_set>
 
 #include "scheduler/errors.h"
-#include "scheduler/problem.h"
 
 namespace mla {
 
@@ -21,9 +20,9 @@ using ColumnSet = uint8_t;
 static_assert(kLatentDim / kColumnChunk == 8, "a ColumnSet has 8 bits");
 constexpr ColumnSet kAllColumns = 0xff;
 
-// Rows [begin, end) of a request, row = token * num_heads + head, in some columns.
+// Rows [begin, end) of a sequence, in some columns.
 struct Region {
-    int32_t request;
+    int32_t sequence;
     int64_t row_begin;
     int64_t row_end;
     ColumnSet columns;
@@ -49,14 +48,18 @@ struct Slot {
 
 class Validator {
   public:
-    Validator(const std::vector<int32_t>& seq_lens, int num_heads, int new_tokens, int num_slots)
-        : seq_lens_(seq_lens),
-          num_heads_(num_heads),
-          new_tokens_(new_tokens),
+    Validator(const Batch& batch, int num_slots)
+        : batch_(batch),
+          num_heads_(batch.num_heads),
           num_slots_(num_slots),
-          rows_per_request_(int64_t{num_heads} * new_tokens),
-          columns_written_(seq_lens.size() * rows_per_request_),
-          rectangles_(seq_lens.size()) {}
+          unfilled_(tokens_to_fill(batch)),
+          rectangles_(batch.seq_lens.size()) {
+        first_row_.push_back(0);
+        for (int sequence = 0; sequence < batch.num_sequences(); ++sequence) {
+            first_row_.push_back(first_row_.back() + num_rows(sequence));
+        }
+        columns_written_.resize(first_row_.back());
+    }
 
     void run(const Queue& queue) {
         bool ended = false;
@@ -80,13 +83,20 @@ class Validator {
                     check_uid();
                     check_reduction();
                     break;
+                case Opcode::kMlaFill:
+                    check_uid();
+                    check_fill();
+                    break;
                 default:
                     check(
                         false, rules::kOpcode, "unknown opcode " + to_string(words_[kWordOpcode]));
             }
         }
         check_all_read();
-        for (size_t request = 0; request < seq_lens_.size(); ++request) check_coverage(request);
+        check_all_filled();
+        for (int sequence = 0; sequence < batch_.num_sequences(); ++sequence) {
+            check_coverage(sequence);
+        }
     }
 
   private:
@@ -130,34 +140,35 @@ class Validator {
 
     void check_partial() {
         check_reserved(PartialWords::kNumRows + 1);
-        const int32_t request = words_[PartialWords::kQBatch];
-        check_in(rules::kRequest, "q_batch", request, 0, num_requests());
+        const int32_t sequence = words_[PartialWords::kQBatch];
+        check_in(rules::kRequest, "q_batch", sequence, 0, batch_.num_sequences());
 
         const int32_t token = words_[PartialWords::kQSeq];
-        check_in(rules::kToken, "q_seq", token, 0, new_tokens_);
+        check_in(rules::kToken, "q_seq", token, 0, batch_.new_tokens[sequence]);
         check(words_[PartialWords::kDstSeq] == token, rules::kToken, [&] {
             return "dst_seq " + to_string(words_[PartialWords::kDstSeq]) + " is not q_seq " +
                    to_string(token);
         });
 
-        const int64_t num_rows_left = int64_t{new_tokens_ - token} * num_heads_;
+        const int64_t token_row = int64_t{token} * num_heads_;
         const int32_t row_begin = words_[PartialWords::kRowBegin];
-        check_in(rules::kRows, "row_begin", row_begin, 0, num_rows_left);
-        int64_t num_rows = words_[PartialWords::kNumRows];
-        if (num_rows == 0) num_rows = num_rows_left - row_begin;
-        check_in(rules::kRows, "num_rows", num_rows, 1, kMaxRows + 1);
-        check_in(rules::kRows, "the last row", row_begin + num_rows - 1, 0, num_rows_left);
-        // The kernel moves whole row groups: fewer rows would overwrite those behind them.
-        const int64_t group = std::min<int64_t>(kMaxRows, int64_t{new_tokens_} * num_heads_);
-        check(num_rows == std::min(group, num_rows_left - row_begin), rules::kRows, [&] {
-            return "num_rows is " + to_string(num_rows) + ", neither a row group of " +
-                   to_string(group) + " nor all rows that are left";
+        check_in(rules::kRows, "row_begin", row_begin, 0, num_rows(sequence) - token_row);
+        const int64_t first_row = token_row + row_begin;
+        check(first_row % kMaxRows == 0, rules::kRowGroup, [&] {
+            return "the first row, " + to_string(first_row) + ", is not a multiple of " +
+                   to_string(kMaxRows);
+        });
+        const int64_t group_rows = std::min<int64_t>(kMaxRows, num_rows(sequence) - first_row);
+        const int32_t stated_rows = words_[PartialWords::kNumRows];
+        check(stated_rows == 0 || stated_rows == group_rows, rules::kRows, [&] {
+            return "num_rows is " + to_string(stated_rows) + ", the row group has " +
+                   to_string(group_rows);
         });
 
         const int32_t length = words_[PartialWords::kLength];
-        check(length == seq_lens_[request], rules::kLength, [&] {
-            return "length " + to_string(length) + " is not request " + to_string(request) + "'s " +
-                   to_string(seq_lens_[request]);
+        check(length == batch_.seq_lens[sequence], rules::kLength, [&] {
+            return "length " + to_string(length) + " is not sequence " + to_string(sequence) +
+                   "'s " + to_string(batch_.seq_lens[sequence]);
         });
         const int32_t start = words_[PartialWords::kStart];
         const int32_t end = words_[PartialWords::kEnd];
@@ -172,63 +183,104 @@ class Validator {
                          ") is not cut at multiples of " + to_string(kKvTile);
               });
 
-        const int64_t first_row = int64_t{token} * num_heads_ + row_begin;
-        const Region region{request, first_row, first_row + num_rows, kAllColumns};
+        const Region region{sequence, first_row, first_row + group_rows, kAllColumns};
         write(words_[PartialWords::kDstBatch], region);
-        rectangles_[request].push_back({region.row_begin, region.row_end, start, end, uid()});
+        rectangles_[sequence].push_back({region.row_begin, region.row_end, start, end, uid()});
     }
 
+    // Slots first, first + step, ..., or those that the words list.
+    struct Inputs {
+        bool is_run;
+        int64_t count;
+        int64_t first = 0;
+        int64_t step = 0;
+    };
+
     void check_reduction() {
-        const int32_t packed = words_[ReductionWords::kShape];
-        check(packed >= 0, rules::kReserved, "bit 31 of word 2 is set");
-        auto shape = ReductionShape::unpack(packed);
-        check_in(rules::kInputCount,
-                 "the number of inputs",
-                 shape.num_inputs,
-                 1,
-                 kMaxReductionInputs + 1);
-        check_reserved(ReductionWords::kInputs + shape.num_inputs);
+        const auto shape = ReductionShape::unpack(words_[ReductionWords::kShape]);
+        const Inputs inputs = shape.is_run ? check_run(shape) : check_list(shape);
 
-        const int32_t token = words_[ReductionWords::kDstSeq];
-        check_in(rules::kToken, "dst_seq", token, 0, new_tokens_);
-
-        if (shape.num_heads == 0) shape.num_heads = num_heads_ - shape.head_begin;
-        if (shape.num_cols == 0) shape.num_cols = kLatentDim - shape.col_begin;
-        const int head_end = shape.head_begin + shape.num_heads;
-        const int col_end = shape.col_begin + shape.num_cols;
-        check(shape.num_heads >= 1 && head_end <= num_heads_, rules::kSlice, [&] {
-            return "heads [" + to_string(shape.head_begin) + ", " + to_string(head_end) +
-                   ") are not a part of [0, " + to_string(num_heads_) + ")";
+        check(shape.head_begin < num_heads_, rules::kSlice, [&] {
+            return "the first head, " + to_string(shape.head_begin) + ", is not one of " +
+                   to_string(num_heads_);
         });
+        const int num_cols = shape.num_cols == 0 ? kLatentDim - shape.col_begin : shape.num_cols;
+        const int col_end = shape.col_begin + num_cols;
         check(col_end <= kLatentDim, rules::kSlice, [&] {
             return "columns [" + to_string(shape.col_begin) + ", " + to_string(col_end) +
                    ") are not a part of [0, " + to_string(kLatentDim) + ")";
         });
 
-        const int64_t first_row = int64_t{token} * num_heads_;
-        Region region{kNoRequest,
-                      first_row + shape.head_begin,
-                      first_row + head_end,
-                      columns_of(shape.col_begin, shape.num_cols)};
-        for (int i = 0; i < shape.num_inputs; ++i) {
-            read(words_[ReductionWords::kInputs + i], region);
-        }
+        const int32_t token = words_[ReductionWords::kDstSeq];
+        check_in(rules::kToken, "dst_seq", token, 0, kMaxNewTokens);
+        const int64_t row_offset = inputs.is_run ? words_[ReductionWords::kRunRowOffset] : 0;
+        const int num_rows = shape.num_rows == 0 ? num_heads_ - shape.head_begin : shape.num_rows;
+        Region region{};
+        region.row_begin = int64_t{token} * num_heads_ + shape.head_begin + row_offset;
+        region.row_end = region.row_begin + num_rows;
+        region.columns = columns_of(shape.col_begin, num_cols);
+        check(
+            region.row_begin / kMaxRows == (region.row_end - 1) / kMaxRows, rules::kRowGroup, [&] {
+                return "rows [" + to_string(region.row_begin) + ", " + to_string(region.row_end) +
+                       ") are of more than one row group";
+            });
+
+        region.sequence = slot_of(input(inputs, 0)).region.sequence;
+        check_in(rules::kToken, "dst_seq", token, 0, batch_.new_tokens[region.sequence]);
+        check(region.row_end <= this->num_rows(region.sequence), rules::kSlice, [&] {
+            return "rows [" + to_string(region.row_begin) + ", " + to_string(region.row_end) +
+                   ") are not a part of [0, " + to_string(this->num_rows(region.sequence)) + ")";
+        });
+        for (int64_t i = 0; i < inputs.count; ++i) read(input(inputs, i), region);
         write(words_[ReductionWords::kDstBatch], region);
     }
 
-    // `region` takes the request of the first input.
-    void read(int32_t input, Region& region) {
+    Inputs check_list(const ReductionShape& shape) const {
+        check_in(rules::kInputCount,
+                 "the number of inputs",
+                 shape.num_listed,
+                 1,
+                 kMaxReductionInputs + 1);
+        check_reserved(ReductionWords::kInputs + shape.num_listed);
+        return {false, shape.num_listed};
+    }
+
+    Inputs check_run(const ReductionShape& shape) const {
+        check(shape.num_listed == 1, rules::kReserved, "a run has bits 0 to 7 of word 2 set");
+        check_reserved(ReductionWords::kRunEnd);
+        const Inputs run{true,
+                         words_[ReductionWords::kRunCount],
+                         words_[ReductionWords::kRunFirst],
+                         words_[ReductionWords::kRunStep]};
+        check_in(rules::kInputCount, "the number of inputs", run.count, 1, kMaxRunInputs + 1);
+        check(run.step >= 1, rules::kRun, "the step is " + to_string(run.step));
+        const int32_t row_offset = words_[ReductionWords::kRunRowOffset];
+        check(row_offset >= 0, rules::kRun, "row_offset is " + to_string(row_offset));
+        check_in(rules::kInput, "first_input", run.first, 0, num_slots_);
+        check_in(
+            rules::kInput, "the last input", run.first + (run.count - 1) * run.step, 0, num_slots_);
+        return run;
+    }
+
+    int64_t input(const Inputs& inputs, int64_t i) const {
+        return inputs.is_run ? inputs.first + i * inputs.step : words_[ReductionWords::kInputs + i];
+    }
+
+    const Slot& slot_of(int64_t input) const {
         check_in(rules::kInput, "input", input, 0, num_slots_);
-        const auto found = slots_.find(input);
+        const auto found = slots_.find(static_cast<int32_t>(input));
         check(found != slots_.end(), rules::kOrder, [&] {
             return "no earlier instruction writes input " + to_string(input);
         });
-        const Slot& slot = found->second;
-        if (region.request == kNoRequest) region.request = slot.region.request;
-        check(region.request == slot.region.request, rules::kInputRequest, [&] {
-            return "input " + to_string(input) + " is of request " +
-                   to_string(slot.region.request) + ", others are of request " +
-                   to_string(region.request);
+        return found->second;
+    }
+
+    void read(int64_t input, const Region& region) {
+        const Slot& slot = slot_of(input);
+        check(region.sequence == slot.region.sequence, rules::kInputRequest, [&] {
+            return "input " + to_string(input) + " is of sequence " +
+                   to_string(slot.region.sequence) + ", others are of sequence " +
+                   to_string(region.sequence);
         });
         check(slot.region.row_begin <= region.row_begin && region.row_end <= slot.region.row_end &&
                   (region.columns & ~slot.region.columns) == 0,
@@ -241,6 +293,31 @@ class Validator {
             });
             read |= region.columns;
         }
+    }
+
+    void check_fill() {
+        check_reserved(FillWords::kWordsUsed);
+        const int32_t begin = words_[FillWords::kTokenBegin];
+        const int32_t end = words_[FillWords::kTokenEnd];
+        const auto range_name = [&] {
+            return "tokens [" + to_string(begin) + ", " + to_string(end) + ")";
+        };
+        check(begin < end, rules::kFill, [&] { return range_name() + " are none"; });
+        // The last range that begins no later.
+        auto range = std::upper_bound(
+            unfilled_.begin(), unfilled_.end(), begin, [](int32_t token, const TokenRange& other) {
+                return token < other.begin;
+            });
+        check(range != unfilled_.begin() && end <= std::prev(range)->end, rules::kFill, [&] {
+            return range_name() + " are not all without keys";
+        });
+        const auto next = filled_.lower_bound(begin);
+        const bool overlaps = (next != filled_.end() && next->first < end) ||
+                              (next != filled_.begin() && std::prev(next)->second > begin);
+        check(!overlaps, rules::kOutputOnce, [&] {
+            return range_name() + " were filled before, at least in part";
+        });
+        filled_.emplace_hint(next, begin, end);
     }
 
     void write(int32_t dst_batch, const Region& region) {
@@ -257,15 +334,15 @@ class Validator {
         columns_read_.resize(columns_read_.size() + (region.row_end - region.row_begin));
     }
 
-    void write_output(int32_t request, const Region& region) {
-        check(request == region.request, rules::kDestination, [&] {
-            return "writes the output of request " + to_string(request) + " from request " +
-                   to_string(region.request);
+    void write_output(int32_t sequence, const Region& region) {
+        check(sequence == region.sequence, rules::kDestination, [&] {
+            return "writes the output of sequence " + to_string(sequence) + " from sequence " +
+                   to_string(region.sequence);
         });
         for (int64_t row = region.row_begin; row < region.row_end; ++row) {
-            ColumnSet& written = columns_written_[request * rows_per_request_ + row];
+            ColumnSet& written = columns_written_[first_row_[sequence] + row];
             check((written & region.columns) == 0, rules::kOutputOnce, [&] {
-                return "the output of request " + to_string(request) + " was written before, " +
+                return "the output of sequence " + to_string(sequence) + " was written before, " +
                        row_name(row);
             });
             written |= region.columns;
@@ -289,10 +366,20 @@ class Validator {
              "uid " + to_string(first_unread) + ": its scratch slot is not read in full");
     }
 
-    // Sweeps over the positions of a request; the rows attended to must always be all.
-    void check_coverage(size_t request) {
-        const int32_t length = seq_lens_[request];
-        if (length == 0) return;
+    void check_all_filled() const {
+        auto fill = filled_.begin();
+        for (const TokenRange& range : unfilled_) {
+            int32_t token = range.begin;
+            for (; fill != filled_.end() && fill->first == token; ++fill) token = fill->second;
+            if (token == range.end) continue;
+            fail(rules::kUnfilled, "token " + to_string(token) + " is in no fill");
+        }
+    }
+
+    // Sweeps over the positions of a sequence; the rows attended to must always be all.
+    void check_coverage(int sequence) {
+        const int32_t length = batch_.seq_lens[sequence];
+        if (length == 0 || num_rows(sequence) == 0) return;
 
         struct Edge {
             int32_t position;
@@ -300,7 +387,7 @@ class Validator {
             const Rectangle* rectangle;
         };
         std::vector<Edge> edges;
-        for (const Rectangle& rectangle : rectangles_[request]) {
+        for (const Rectangle& rectangle : rectangles_[sequence]) {
             edges.push_back({rectangle.start, true, &rectangle});
             edges.push_back({rectangle.end, false, &rectangle});
         }
@@ -314,13 +401,13 @@ class Validator {
         int32_t position = 0;
         for (size_t i = 0; i < edges.size();) {
             if (edges[i].position != position)
-                check_rows_open(request, position, open, num_rows_open);
+                check_rows_open(sequence, position, open, num_rows_open);
             position = edges[i].position;
             for (; i < edges.size() && edges[i].position == position; ++i) {
                 const Rectangle& rectangle = *edges[i].rectangle;
                 const int64_t num_rows = rectangle.row_end - rectangle.row_begin;
                 if (edges[i].opens) {
-                    insert(request, position, rectangle, open);
+                    insert(sequence, position, rectangle, open);
                     num_rows_open += num_rows;
                 } else {
                     open.erase(rectangle.row_begin);
@@ -328,10 +415,10 @@ class Validator {
                 }
             }
         }
-        if (position < length) check_rows_open(request, position, open, num_rows_open);
+        if (position < length) check_rows_open(sequence, position, open, num_rows_open);
     }
 
-    void insert(size_t request,
+    void insert(int sequence,
                 int32_t position,
                 const Rectangle& rectangle,
                 std::map<int64_t, const Rectangle*>& open) const {
@@ -343,7 +430,7 @@ class Validator {
         }
         if (other != nullptr) {
             fail(rules::kCoveredTwice,
-                 "uid " + to_string(rectangle.uid) + ": request " + to_string(request) + ", " +
+                 "uid " + to_string(rectangle.uid) + ": sequence " + to_string(sequence) + ", " +
                      row_name(std::max(rectangle.row_begin, other->row_begin)) + ", position " +
                      to_string(position) + " is covered by uid " + to_string(other->uid) +
                      " as well");
@@ -351,18 +438,18 @@ class Validator {
         open.emplace_hint(next, rectangle.row_begin, &rectangle);
     }
 
-    void check_rows_open(size_t request,
+    void check_rows_open(int sequence,
                          int32_t position,
                          const std::map<int64_t, const Rectangle*>& open,
                          int64_t num_rows_open) const {
-        if (num_rows_open == rows_per_request_) return;
+        if (num_rows_open == num_rows(sequence)) return;
         int64_t row = 0;
         for (const auto& [row_begin, rectangle] : open) {
             if (row_begin != row) break;
             row = rectangle->row_end;
         }
         fail(rules::kUncovered,
-             "request " + to_string(request) + ", " + row_name(row) + ": position " +
+             "sequence " + to_string(sequence) + ", " + row_name(row) + ": position " +
                  to_string(position) + " is covered by no partial");
     }
 
@@ -376,15 +463,14 @@ class Validator {
     }
 
     int32_t uid() const { return words_[kWordUid]; }
-    int64_t num_requests() const { return static_cast<int64_t>(seq_lens_.size()); }
+    int64_t num_rows(int sequence) const {
+        return int64_t{batch_.new_tokens[sequence]} * num_heads_;
+    }
 
-    static constexpr int32_t kNoRequest = -1;
-
-    const std::vector<int32_t>& seq_lens_;
+    const Batch& batch_;
     const int num_heads_;
-    const int new_tokens_;
     const int num_slots_;
-    const int64_t rows_per_request_;
+    const std::vector<TokenRange> unfilled_;  // all tokens that need a fill
 
     int64_t index_ = 0;  // the instruction in hand
     const int32_t* words_ = nullptr;
@@ -392,28 +478,23 @@ class Validator {
     std::unordered_set<int32_t> uids_;
     std::unordered_map<int32_t, Slot> slots_;
     std::vector<ColumnSet> columns_read_;             // of each row of each slot
-    std::vector<ColumnSet> columns_written_;          // of each row of each request's output
-    std::vector<std::vector<Rectangle>> rectangles_;  // by request
+    std::vector<int64_t> first_row_;                  // of each sequence, in columns_written_
+    std::vector<ColumnSet> columns_written_;          // of each row of each sequence's output
+    std::vector<std::vector<Rectangle>> rectangles_;  // by sequence
+    std::map<int32_t, int32_t> filled_;               // tokens: begin, end; disjoint
 };
 
 }  // namespace
 
-void validate(const Queue& queue,
-              const std::vector<int32_t>& seq_lens,
-              int num_heads,
-              int new_tokens,
-              int num_slots,
-              int64_t batch) {
-    check_shape(num_heads, new_tokens, /*num_workers=*/1);
+void validate(const Queue& queue, const Batch& batch, int num_slots, int64_t capacity) {
+    check_batch(batch);
     check_range("num_slots", num_slots, 0, INT32_MAX);
-    for (size_t i = 0; i < seq_lens.size(); ++i) {
-        check_range("seq_lens[" + to_string(i) + "]", seq_lens[i], 0, INT32_MAX);
-    }
-    if (static_cast<int64_t>(seq_lens.size()) > batch) {
+    if (batch.num_sequences() > capacity) {
         fail(rules::kBatch,
-             to_string(seq_lens.size()) + " requests, the tensors hold " + to_string(batch));
+             to_string(batch.num_sequences()) + " sequences, the tensors hold " +
+                 to_string(capacity));
     }
-    Validator(seq_lens, num_heads, new_tokens, num_slots).run(queue);
+    Validator(batch, num_slots).run(queue);
 }
 
 }  // namespace mla

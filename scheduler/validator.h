@@ -2,7 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+
+#include "scheduler/batch.h"
 
 namespace mla {
 
@@ -14,40 +15,45 @@ struct Rule {
 
 namespace rules {
 
-inline constexpr Rule kBatch{"batch", "the tensors hold every request"};
+inline constexpr Rule kBatch{"batch", "the tensors hold every sequence"};
 inline constexpr Rule kOpcode{"opcode", "the opcode is known"};
 inline constexpr Rule kEndOfQueue{"end-of-queue", "nothing runs behind the end of the queue"};
 inline constexpr Rule kReserved{"reserved", "words and bits without a meaning are 0"};
 inline constexpr Rule kUid{"uid", "uids are >= 0 and unique"};
 inline constexpr Rule kSlot{"slot", "a scratch slot exists and is its writer's uid"};
-inline constexpr Rule kRequest{"request", "the request exists"};
-inline constexpr Rule kToken{"token", "the token exists, and is the same at both ends"};
-inline constexpr Rule kRows{"rows", "a whole row group, or all rows that are left of one"};
-inline constexpr Rule kLength{"length", "the length is the request's"};
+inline constexpr Rule kRequest{"request", "the sequence exists"};
+inline constexpr Rule kToken{"token", "the sequence has the token, the same at both ends"};
+inline constexpr Rule kRows{"rows", "a partial has all rows of its row group"};
+inline constexpr Rule kRowGroup{"row-group", "rows begin at a row group, or lie in one"};
+inline constexpr Rule kLength{"length", "the length is the sequence's"};
 inline constexpr Rule kKvRange{"kv-range", "0 <= start < end <= length"};
 inline constexpr Rule kKvAlignment{"kv-alignment", "pieces are cut at whole tiles"};
-inline constexpr Rule kDestination{"destination", "the output is that of the inputs' request"};
-inline constexpr Rule kInputCount{"input-count", "a reduction has 1 to 27 inputs"};
-inline constexpr Rule kSlice{"slice", "heads and columns of a slice exist"};
+inline constexpr Rule kDestination{"destination", "the output is that of the inputs' sequence"};
+inline constexpr Rule kInputCount{"input-count", "a list has 1 to 27 inputs, a run 1 to 65536"};
+inline constexpr Rule kRun{"run", "a run steps up, and counts its rows up from the first"};
+inline constexpr Rule kSlice{"slice", "rows and columns of a slice exist"};
 inline constexpr Rule kInput{"input", "an input is a scratch slot"};
 inline constexpr Rule kOrder{"order", "an input is written earlier in the queue"};
-inline constexpr Rule kInputRequest{"input-request", "all inputs belong to one request"};
+inline constexpr Rule kInputRequest{"input-request", "all inputs belong to one sequence"};
 inline constexpr Rule kInputRows{"input-rows", "an input holds the rows and columns read"};
+inline constexpr Rule kFill{"fill", "a fill covers tokens without keys, and no others"};
 inline constexpr Rule kReadOnce{"read-once", "nothing in scratch is read twice"};
 inline constexpr Rule kOutputOnce{"output-once", "no output is written twice"};
 inline constexpr Rule kUnread{"unread", "everything in scratch is read"};
+inline constexpr Rule kUnfilled{"unfilled", "every token without keys is filled"};
 inline constexpr Rule kCoveredTwice{"covered-twice", "no (row, position) is attended to twice"};
 inline constexpr Rule kUncovered{"uncovered", "every (row, position) is attended to"};
 
 }  // namespace rules
 
 inline constexpr Rule kRules[] = {
-    rules::kBatch,       rules::kOpcode,       rules::kEndOfQueue,   rules::kReserved,
-    rules::kUid,         rules::kSlot,         rules::kRequest,      rules::kToken,
-    rules::kRows,        rules::kLength,       rules::kKvRange,      rules::kKvAlignment,
-    rules::kDestination, rules::kInputCount,   rules::kSlice,        rules::kInput,
-    rules::kOrder,       rules::kInputRequest, rules::kInputRows,    rules::kReadOnce,
-    rules::kOutputOnce,  rules::kUnread,       rules::kCoveredTwice, rules::kUncovered,
+    rules::kBatch,       rules::kOpcode,      rules::kEndOfQueue,   rules::kReserved,
+    rules::kUid,         rules::kSlot,        rules::kRequest,      rules::kToken,
+    rules::kRows,        rules::kRowGroup,    rules::kLength,       rules::kKvRange,
+    rules::kKvAlignment, rules::kDestination, rules::kInputCount,   rules::kRun,
+    rules::kSlice,       rules::kInput,       rules::kOrder,        rules::kInputRequest,
+    rules::kInputRows,   rules::kFill,        rules::kReadOnce,     rules::kOutputOnce,
+    rules::kUnread,      rules::kUnfilled,    rules::kCoveredTwice, rules::kUncovered,
 };
 
 struct Queue {
@@ -56,21 +62,18 @@ struct Queue {
 };
 
 // Throws ScheduleError for the first violation: rules of single instructions in queue
-// order, then those of the whole. Requests of length 0 need no instruction.
+// order, then those of the whole. Sequences without tokens need no instruction; those of
+// length 0, and padding, need fills.
 //
-// Why this suffices: a reduction writes the request, token, heads and columns that it
-// reads, and reads only what was written before. If nothing in scratch is read twice or
-// left unread and no output is written twice, then whatever a partial computes reaches
-// exactly one output, its own. So the output is right if and only if the partials
-// cover every (row, position) once. Time and memory grow with the number of
-// instructions (times log), whatever their words say.
+// Why this suffices: a reduction writes the sequence, rows and columns that it reads, and
+// reads only what was written before. If nothing in scratch is read twice or left unread and
+// no output is written twice, then whatever a partial computes reaches exactly one output,
+// its own. So the output is right if and only if the partials cover every (row, position)
+// once, and the fills every token without keys. Time and memory grow with the number of
+// instructions and of the inputs that they read (times log), whatever their words say.
 //
-// `batch`: requests that the tensors hold, at least seq_lens.size().
-void validate(const Queue& queue,
-              const std::vector<int32_t>& seq_lens,
-              int num_heads,
-              int new_tokens,
-              int num_slots,
-              int64_t batch);
+// `capacity`: sequences that the tensors hold, at least batch.num_sequences(). The batch is
+// checked by check_batch().
+void validate(const Queue& queue, const Batch& batch, int num_slots, int64_t capacity);
 
 }  // namespace mla

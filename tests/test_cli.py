@@ -140,13 +140,13 @@ def test_doctor_notices_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> No
     ("arguments", "code", "message"),
     [
         (
-            ["plan", "--heads", "7"],
+            ["plan", "--heads", "129"],
             EXIT_UNSUPPORTED,
-            "UnsupportedError: num_heads: expected one of",
+            "UnsupportedError: num_heads: expected at most 128",
         ),
-        (["plan", "--seq-lens", "0"], EXIT_FAILED, "RangeError: seq_lens: request 0"),
+        (["plan", "--new-tokens", "17"], EXIT_UNSUPPORTED, "new_tokens: expected 1 to 16, got 17"),
+        (["plan", "--seq-lens=-1"], EXIT_FAILED, "RangeError: seq_lens: request 0"),
         (["plan", "--load", "/nowhere/plan.json"], EXIT_FAILED, "FileNotFoundError"),
-        (["demo", "--block-size", "48", *SMALL], EXIT_UNSUPPORTED, "expected a block size of"),
         (["trace", "--policy", "fixed"], EXIT_FAILED, "RangeError: split_tiles: expected 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -217,7 +217,7 @@ def test_bench_without_the_repository_says_so(
 
 def test_module_runs_as_a_command(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mla_decode", "plan", "--seq-lens", "0"],
+        [sys.executable, "-m", "mla_decode", "plan", "--seq-lens=-1"],
         env={**os.environ, "PYTHONPATH": str(Path(mla_decode.__file__).resolve().parents[1])},
         cwd=tmp_path,
         capture_output=True,

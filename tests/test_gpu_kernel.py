@@ -100,7 +100,7 @@ def test_kernel_agrees_with_interpreter_on_a_tree_in_slices() -> None:
     final, slot = [], 4
     for head in (0, 8):
         for column in (0, 256):
-            piece = {"head_begin": head, "num_heads": 8, "col_begin": column, "num_cols": 256}
+            piece = {"head_begin": head, "num_rows": 8, "col_begin": column, "num_cols": 256}
             for pair in ((0, 1), (2, 3)):
                 queue.append(Reduction(slot, -slot - 1, 0, pair, **piece))
                 slot += 1

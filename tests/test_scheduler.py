@@ -15,16 +15,24 @@ COST = CostModel()
 NUM_SMS = 132
 PARTIAL = _scheduler.OPCODE_MLA_PARTIAL
 REDUCTION = _scheduler.OPCODE_MLA_REDUCTION
+FILL = _scheduler.OPCODE_MLA_FILL
 WORD = {name: {field: i for i, field in enumerate(f)} for name, f in _scheduler.WORDS.items()}
 
 COST_MODELS = Path(__file__).resolve().parents[1] / "scheduler" / "cost_models"
 
 
 def make_plan(
-    seq_lens: list[int], heads: int = 16, tokens: int = 1, workers: int = NUM_SMS, **options: object
+    seq_lens: list[int],
+    heads: int = 16,
+    tokens: int | list[int] = 1,
+    workers: int = NUM_SMS,
+    total_tokens: int | None = None,
+    num_kv_heads: int = 1,
+    **options: object,
 ) -> PlanData:
-    plan = _scheduler.plan(seq_lens, heads, tokens, workers, COST, **options)  # type: ignore[arg-type]
-    _scheduler.validate(plan.instructions, seq_lens, heads, tokens, plan.num_slots)
+    outputs = {"total_tokens": total_tokens, "num_kv_heads": num_kv_heads}
+    plan = _scheduler.plan(seq_lens, heads, tokens, workers, COST, **outputs, **options)  # type: ignore[arg-type]
+    _scheduler.validate(plan.instructions, seq_lens, heads, tokens, plan.num_slots, **outputs)  # type: ignore[arg-type]
     return plan
 
 
@@ -35,6 +43,21 @@ def opcode_count(plan: PlanData, opcode: int) -> int:
 def partial_words(plan: PlanData, field: str) -> np.ndarray:
     partials = plan.instructions[plan.instructions[:, 0] == PARTIAL]
     return partials[:, WORD["mla_partial"][field]]
+
+
+def reduction_words(plan: PlanData, field: str) -> np.ndarray:
+    reductions = plan.instructions[plan.instructions[:, 0] == REDUCTION]
+    return reductions[:, WORD["mla_reduction_run"][field]]
+
+
+def is_run(plan: PlanData) -> np.ndarray:
+    return reduction_words(plan, "shape") < 0
+
+
+def fills(plan: PlanData) -> list[list[int]]:
+    """Flat tokens of the fills, in queue order."""
+    words = plan.instructions[plan.instructions[:, 0] == FILL]
+    return words[:, 2:4].tolist()
 
 
 def tiles_per_partial(plan: PlanData) -> np.ndarray:
@@ -52,15 +75,82 @@ def test_words_of_the_smallest_plan() -> None:
     assert plan.num_slots == 0
 
 
-def test_words_of_a_split_request() -> None:
+def test_words_of_a_split_sequence() -> None:
     plan = make_plan([130], policy="fixed", split_tiles=2, workers=1)
     first = [1, 0, -1, 0, 0, 0, 0, 128, 130, 0, 16] + [0] * 21
     second = [1, 1, -2, 0, 0, 0, 128, 130, 130, 0, 16] + [0] * 21
     assert plan.instructions[:2].tolist() == [first, second]
-    # Inputs - 1 = 1; heads 0 to 16; columns 0 to 512 (8 chunks): one slice for one worker.
-    shape = 1 | 16 << 16 | 8 << 27
-    assert plan.instructions[2].tolist() == [2, 2, shape, 0, 0, 0, 1] + [0] * 25
+    # Rows 0 to 16; columns 0 to 512 (8 chunks): one slice for one worker. A run of two slots
+    # from slot 0, one apart, at row 0.
+    shape = (16 << 16 | 8 << 27) - 2**31
+    assert plan.instructions[2].tolist() == [2, 2, shape, 0, 0, 0, 2, 1, 0] + [0] * 23
     assert plan.num_slots == 2
+
+
+def test_words_of_a_fill() -> None:
+    plan = make_plan([70, 0, 0], tokens=2)
+    assert plan.instructions[1].tolist() == [3, 1, 2, 6] + [0] * 28
+
+
+def test_slots_of_a_row_group_are_a_run() -> None:
+    # Five tokens of 32 heads are three row groups; 129 tiles in pieces of 64 are three.
+    plan = make_plan([64, 129 * 64], heads=32, tokens=5, policy="fixed", split_tiles=64)
+    assert plan.num_slots == 9
+    expected = {
+        # (sequence, start, first row): slot
+        (1, piece * 64 * 64, group * 64): piece * 3 + group
+        for piece in range(3)
+        for group in range(3)
+    }
+    partials = plan.instructions[plan.instructions[:, 0] == PARTIAL]
+    split = partials[partials[:, 2] < 0]
+    assert {(w[4], w[6], w[9]): w[1] for w in split.tolist()} == expected
+    assert is_run(plan).all()
+    first_row = reduction_words(plan, "row_offset")
+    assert (reduction_words(plan, "first_input") == first_row // 64).all()
+    assert (reduction_words(plan, "num_inputs") == 3).all()
+    assert (reduction_words(plan, "input_step") == 3).all()
+
+
+def test_a_sequence_without_tokens_or_keys_needs_no_work() -> None:
+    plan = make_plan([500, 500, 0, 0], tokens=[1, 0, 0, 2])
+    assert partial_words(plan, "q_batch").tolist() == [0] * opcode_count(plan, PARTIAL)
+    assert fills(plan) == [[1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("lens", "tokens", "outputs", "expected"),
+    [
+        ([5, 0, 0, 5], 2, {}, [[2, 6]]),
+        ([0, 5, 0], [2, 0, 3], {}, [[0, 5]]),
+        ([5, 5], [2, 1], {"total_tokens": 7}, [[3, 7]]),
+        ([5, 0], [2, 1], {"total_tokens": 7}, [[2, 7]]),
+        ([5, 0, 5, 0], [1, 2, 1, 2], {"num_kv_heads": 2}, [[1, 3], [4, 6]]),
+        (
+            [0, 5, 0, 5],
+            [1, 2, 1, 2],
+            {"num_kv_heads": 2, "total_tokens": 8},
+            [[0, 1], [3, 5], [7, 8]],
+        ),
+        ([], [], {"total_tokens": 4}, [[0, 4]]),
+        ([0] * 40, 1, {}, [[0, 16], [16, 32], [32, 40]]),
+    ],
+    ids=["empty", "neighbours", "padding", "both", "two heads", "head to head", "none", "long"],
+)
+def test_tokens_without_keys_are_filled(
+    lens: list[int], tokens: int | list[int], outputs: dict[str, int], expected: list[list[int]]
+) -> None:
+    # 16 heads: 16 tokens are 256 KiB.
+    plan = make_plan(lens, 16, tokens, **outputs)  # type: ignore[arg-type]
+    assert fills(plan) == expected
+
+
+def test_fills_come_behind_the_partials() -> None:
+    plan = make_plan([65536] + [0] * 200, heads=128)
+    opcodes = plan.instructions[:, 0].tolist()
+    first, last = opcodes.index(FILL), len(opcodes) - opcodes[::-1].index(FILL)
+    assert PARTIAL not in opcodes[first:]
+    assert opcodes[:last].count(PARTIAL) == opcode_count(plan, PARTIAL)
 
 
 def test_an_empty_batch_has_an_empty_plan() -> None:
@@ -88,25 +178,48 @@ def test_row_groups_of_a_piece_are_neighbours() -> None:
     assert plan.worker[:NUM_SMS].tolist() == list(range(NUM_SMS))
 
 
-@pytest.mark.parametrize(("heads", "tokens"), [(128, 1), (128, 4), (32, 3), (24, 3)])
-def test_no_reduction_straddles_a_row_group(heads: int, tokens: int) -> None:
-    plan = make_plan([65536], heads=heads, tokens=tokens)
-    reductions = plan.instructions[plan.instructions[:, 0] == REDUCTION]
-    shape = reductions[:, WORD["mla_reduction"]["shape"]]
-    first = reductions[:, WORD["mla_reduction"]["dst_seq"]] * heads + (shape >> 8 & 0xFF)
+def test_row_groups_are_neighbours_where_sequences_differ() -> None:
+    tokens = [1, 8, 3, 16]
+    plan = make_plan([30000, 9000, 20000, 5000], tokens=tokens)
+    partials = plan.instructions[plan.instructions[:, 0] == PARTIAL].tolist()
+    position = 0
+    while position < len(partials):
+        sequence, row_begin = partials[position][4], partials[position][9]
+        assert row_begin == 0
+        groups = -(-tokens[sequence] * 16 // _scheduler.MAX_ROWS)
+        gang = partials[position : position + groups]
+        assert [w[4] for w in gang] == [sequence] * groups
+        assert len({(w[6], w[7]) for w in gang}) == 1
+        assert [w[9] for w in gang] == [64 * group for group in range(groups)]
+        position += groups
+
+
+@pytest.mark.parametrize(("heads", "tokens"), [(128, 1), (128, 4), (32, 3), (24, 3), (9, 16)])
+@pytest.mark.parametrize("policy", ["balanced", "backward", "batch_invariant"])
+def test_no_reduction_straddles_a_row_group(heads: int, tokens: int, policy: str) -> None:
+    plan = make_plan([65536], heads=heads, tokens=tokens, policy=policy)
+    shape = reduction_words(plan, "shape")
+    first = reduction_words(plan, "dst_seq") * heads + (shape >> 8 & 0xFF)
+    first += np.where(is_run(plan), reduction_words(plan, "row_offset"), 0)
     last = first + (shape >> 16 & 0xFF) - 1
-    assert len(reductions) > 0
+    assert len(shape) > 0
     assert (first // _scheduler.MAX_ROWS == last // _scheduler.MAX_ROWS).all()
 
 
-def test_more_inputs_than_a_reduction_holds_become_a_tree() -> None:
-    # 1024 pieces: two levels hold only 27 * 27 = 729.
-    plan = make_plan([65536], policy="fixed", split_tiles=1)
-    reductions = plan.instructions[plan.instructions[:, 0] == REDUCTION]
-    scratch = reductions[:, WORD["mla_reduction"]["dst_batch"]] < 0
-    assert scratch.any()
-    assert not scratch.all()
-    assert ((reductions[:, WORD["mla_reduction"]["shape"]] & 0xFF) + 1 <= 27).all()
+@pytest.mark.parametrize("policy", ["balanced", "fixed", "batch_invariant"])
+def test_one_level_of_reductions_reads_any_number_of_pieces(policy: str) -> None:
+    plan = make_plan([65536], policy=policy, split_tiles=1)
+    pieces = opcode_count(plan, PARTIAL)
+    assert pieces > _scheduler.MAX_REDUCTION_INPUTS
+    assert is_run(plan).all()
+    assert (reduction_words(plan, "num_inputs") == pieces).all()
+    assert (reduction_words(plan, "dst_batch") == 0).all()
+
+
+def test_backward_lists_its_inputs() -> None:
+    plan = make_plan([65536], heads=9, tokens=16, policy="backward")
+    assert not is_run(plan).any()
+    assert (reduction_words(plan, "dst_batch") < 0).any()
 
 
 # --- how good it is ---------------------------------------------------------------------
@@ -124,11 +237,11 @@ def test_one_long_request_uses_the_machine() -> None:
     # Enough SMs to saturate the memory, and no more than pays.
     saturating = COST.partial_tile_compute_us / COST.partial_tile_us
     assert saturating - 1 <= opcode_count(plan, PARTIAL) <= NUM_SMS
-    # The whole machine reduces: within a wave and a half of one slice per SM.
-    assert NUM_SMS / 2 <= opcode_count(plan, REDUCTION) <= 2 * NUM_SMS
+    # The whole machine reduces, one slice per SM.
+    assert NUM_SMS / 2 <= opcode_count(plan, REDUCTION) <= NUM_SMS
     # The stream alone is 2 + 4 + 16.4 us; what remains is one visible merge and a tail.
     stream = COST.launch_us + COST.partial_fixed_us + 1024 * COST.partial_tile_us
-    assert plan.predicted_us <= stream + 7.0
+    assert plan.predicted_us <= stream + 4.0
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 128])
@@ -200,10 +313,30 @@ def test_no_fixed_length_of_pieces_beats_the_default(lens: list[int], tokens: in
         assert plan.predicted_us <= fixed.predicted_us + slack, tiles
 
 
+@pytest.mark.parametrize("heads", [16, 128])
+def test_mixed_row_groups_end_close_to_the_work(heads: int) -> None:
+    rng = np.random.default_rng(3)
+    lens = rng.lognormal(8, 1, 128).astype(int).tolist()
+    tokens = rng.integers(1, 17, 128).tolist()
+    tiles = sum(-(-n // 64) * -(-t * heads // 64) for n, t in zip(lens, tokens, strict=True))
+    # Compute bound: row groups stream the same tiles.
+    work = COST.launch_us + COST.partial_fixed_us + tiles * COST.partial_tile_compute_us / NUM_SMS
+    assert make_plan(lens, heads, tokens).predicted_us <= 1.1 * work
+
+
+def test_a_long_sequence_among_short_ones_is_cut_where_row_groups_differ() -> None:
+    tokens = [1 + i % 16 for i in range(128)]
+    plan = make_plan([131072] + [500] * 127, tokens=tokens)
+    assert plan.predicted_us < 150.0  # 2975 if it stays whole
+
+
 def test_backward_grows_a_tree_where_inputs_are_many() -> None:
     plan = make_plan([65536], policy="backward")
     assert opcode_count(plan, REDUCTION) > 5  # 132 inputs would fit five
     assert plan.predicted_us < make_plan([65536], policy="unsplit").predicted_us / 10
+
+
+LOGNORMAL = np.random.default_rng(2).lognormal(8, 1, 128).astype(int).tolist()
 
 
 @pytest.mark.parametrize(
@@ -211,13 +344,14 @@ def test_backward_grows_a_tree_where_inputs_are_many() -> None:
     [
         ([4096] * 128, 16, 1),
         ([1 + 37 * i for i in range(128)], 16, 4),
-        (np.random.default_rng(2).lognormal(8, 1, 128).astype(int).tolist(), 16, 1),
-        (np.random.default_rng(2).lognormal(8, 1, 128).astype(int).tolist(), 128, 2),
+        (LOGNORMAL, 16, 1),
+        (LOGNORMAL, 128, 2),
+        (LOGNORMAL, 16, [1 + i % 16 for i in range(128)]),
     ],
-    ids=["equal", "ramp", "lognormal", "lognormal_h128"],
+    ids=["equal", "ramp", "lognormal", "lognormal_h128", "mixed"],
 )
 def test_planning_128_requests_takes_less_than_a_millisecond(
-    lens: list[int], heads: int, tokens: int
+    lens: list[int], heads: int, tokens: int | list[int]
 ) -> None:
     # This thread's processor time, and the best of many: other work on the machine delays a
     # call and slows it down, but no call is faster than the planner.
@@ -236,8 +370,9 @@ def test_planning_128_requests_takes_less_than_a_millisecond(
 
 
 def test_simulating_the_words_gives_the_prediction() -> None:
-    plan = make_plan([4641, 45118, 1730, 1696], tokens=4)
-    worker, start, end, makespan = _scheduler.simulate(plan.instructions, 16, 4, NUM_SMS, COST)
+    lens, tokens = [4641, 45118, 1730, 1696, 0], [4, 2, 16, 9, 3]
+    plan = make_plan(lens, tokens=tokens)
+    worker, start, end, makespan = _scheduler.simulate(plan.instructions, 16, tokens, NUM_SMS, COST)
     np.testing.assert_array_equal(worker, plan.worker)
     np.testing.assert_allclose(start, plan.start_us, rtol=1e-5)
     np.testing.assert_allclose(end, plan.end_us, rtol=1e-5)
@@ -269,6 +404,21 @@ def test_row_groups_share_what_they_read() -> None:
     narrow = _scheduler.plan([640], 64, 1, 4, slow, "unsplit").predicted_us
     wide = _scheduler.plan([640], 128, 2, 4, slow, "unsplit").predicted_us
     assert wide == pytest.approx(narrow)
+
+
+def test_row_groups_of_different_sequences_do_not_share() -> None:
+    slow = CostModel(partial_tile_us=1.0, partial_tile_compute_us=0.1)
+    # Five streams of two sequences: two different tiles at a time.
+    plan = _scheduler.plan([640, 640], 64, [1, 4], 8, slow, "unsplit")
+    stream = plan.predicted_us - slow.launch_us - slow.partial_fixed_us
+    assert stream == pytest.approx(20.0 + 64 * slow.partial_store_kib_us)
+
+
+def test_time_of_a_fill_is_that_of_its_bytes() -> None:
+    plan = make_plan([0] * 16, workers=1)
+    tile_kib = 64 * 576 * 2 / 1024
+    expected = COST.launch_us + COST.instruction_us + 256 / tile_kib * COST.partial_tile_compute_us
+    assert plan.predicted_us == pytest.approx(expected)
 
 
 def test_noops_cost_an_instruction_each() -> None:
@@ -303,12 +453,60 @@ def test_a_simulation_ends_at_the_end_of_the_queue() -> None:
         ([7], "opcode"),
         ([2, 0, 0, 0, 0, 5], "order"),
         ([2, 0, 255], "input-count"),
+        ([2, 0, -(2**31), 0, 0, 0, 0, 0], "input-count"),
+        ([2, 0, -(2**31), 0, 0, 0, 2**31 - 1, 0], "input-count"),
+        ([2, 0, -(2**31), 0, 0, 5, 1, 1], "order"),
+        ([2, 0, -(2**31), 0, 0, 2**31 - 1, 2, 2**31 - 1], "order"),
     ],
 )
 def test_a_queue_that_cannot_run_is_not_simulated(words: list[int], rule: str) -> None:
     queue = np.array([words + [0] * (32 - len(words))], dtype=np.int32)
     with pytest.raises(_scheduler.ScheduleError, match=rf"\(rule: {rule}\)"):
         _scheduler.simulate(queue, 16, 1, NUM_SMS, COST)
+
+
+def test_a_sequence_whose_tokens_are_not_told_is_not_simulated() -> None:
+    plan = make_plan([100, 200])
+    with pytest.raises(_scheduler.ScheduleError, match=r"\(rule: request\)"):
+        _scheduler.simulate(plan.instructions, 16, [1], NUM_SMS, COST)
+
+
+# --- batch invariance ---------------------------------------------------------------------
+
+
+def instructions_of(plan: PlanData, sequence: int) -> list[tuple[int, ...]]:
+    """A sequence's instructions without uids, slots and its number."""
+    slots = {w[1]: w for w in plan.instructions.tolist() if w[0] == PARTIAL and w[2] < 0}
+    mine = []
+    for words in plan.instructions.tolist():
+        if words[0] == PARTIAL and words[4] == sequence:
+            mine.append((PARTIAL, words[2] < 0, *words[5:]))
+        elif words[0] == REDUCTION and words[3] == sequence:
+            inputs = [slots[words[5] + i * words[7]] for i in range(words[6])]
+            read = [(w[6], w[7], w[9]) for w in inputs]
+            mine.append((REDUCTION, words[2], words[4], words[8], *sum(read, ())))
+    return sorted(mine)
+
+
+@pytest.mark.parametrize("split_tiles", [0, 4, 100])
+@pytest.mark.parametrize("heads", [3, 16, 128])
+def test_a_sequence_is_cut_and_merged_the_same_in_any_batch(heads: int, split_tiles: int) -> None:
+    rng = np.random.default_rng(heads + split_tiles)
+    options = {"policy": "batch_invariant", "split_tiles": split_tiles}
+    for length, tokens in ((70, 1), (3000, 2), (20000, 1), (20000, 16), (131072, 5)):
+        alone = instructions_of(make_plan([length], heads, [tokens], 132, **options), 0)
+        for others in (1, 30):
+            lens = [*rng.integers(0, 20000, others).tolist(), length]
+            counts = [*rng.integers(0, 17, others).tolist(), tokens]
+            batch = make_plan(lens, heads, counts, int(rng.integers(1, 200)), **options)
+            assert instructions_of(batch, others) == alone
+
+
+def test_batch_invariant_pieces_are_of_16_tiles() -> None:
+    plan = make_plan([65536], policy="batch_invariant")
+    assert (tiles_per_partial(plan) == 16).all()
+    # As many slices as pieces.
+    assert opcode_count(plan, REDUCTION) == 64
 
 
 # --- arguments --------------------------------------------------------------------------
@@ -324,18 +522,36 @@ def test_lengths_may_be_an_array(dtype: type) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seq_lens": [5, 0]}, r"seq_lens\[1\]: expected at least 1, got 0"),
-        ({"seq_lens": [-5]}, r"seq_lens\[0\]: expected at least 1, got -5"),
+        ({"seq_lens": [5, -5]}, r"seq_lens\[1\]: expected 0 to 2147483647, got -5"),
         ({"seq_lens": [2**40]}, r"seq_lens\[0\]: 1099511627776 does not fit 32 bits"),
         ({"seq_lens": [[5]]}, "seq_lens: expected one dimension, got 2"),
         ({"num_heads": 0}, "num_heads: expected 1 to 128, got 0"),
         ({"num_heads": 129}, "num_heads: expected 1 to 128, got 129"),
-        ({"new_tokens": 0}, "new_tokens: expected 1 to 64, got 0"),
+        ({"new_tokens": 0}, "new_tokens: expected 1 to 16, got 0"),
+        ({"new_tokens": [17]}, r"new_tokens\[0\]: expected 0 to 16, got 17"),
+        ({"new_tokens": [1, 1]}, "new_tokens: expected one for each of 1 sequences, got 2"),
+        ({"total_tokens": 0}, "total_tokens: 0 are too few"),
+        ({"total_tokens": 2**31}, "total_tokens: expected 0 to 2147483647, got 2147483648"),
+        ({"num_kv_heads": 0}, "num_kv_heads: expected 1 to"),
+        ({"num_kv_heads": 2}, "seq_lens: expected a multiple of num_kv_heads 2, got 1"),
+        (
+            {"seq_lens": [5, 5], "num_kv_heads": 2, "total_tokens": 3},
+            "total_tokens: expected a multiple of num_kv_heads 2, got 3",
+        ),
+        ({"total_tokens": 2**31 - 1}, "seq_lens: 1 sequences and 2147483647 tokens need more than"),
         ({"num_workers": 0}, "num_workers: expected 1 to 16384, got 0"),
         ({"policy": "best"}, "policy: expected 'balanced', 'backward', .*, got 'best'"),
-        ({"policy": "fixed"}, "split_tiles: the policy 'fixed' expects at least 1, got 0"),
+        ({"policy": "fixed"}, "split_tiles: the policies that need it .* at least 1, got 0"),
+        (
+            {"policy": "batch_invariant", "split_tiles": -1},
+            "split_tiles: the policies that need it .* at least 1, got -1",
+        ),
         (
             {"seq_lens": [2**31 - 1], "policy": "fixed", "split_tiles": 1},
+            "split_tiles: 1 would cut a sequence into 33554432 pieces, .* at most 65536",
+        ),
+        (
+            {"seq_lens": [2**22] * 17, "policy": "fixed", "split_tiles": 1},
             "split_tiles: 1 would need more than 1048576 instructions",
         ),
     ],
@@ -350,6 +566,25 @@ def test_bad_arguments_are_named(change: dict[str, object], message: str) -> Non
     }
     with pytest.raises(ValueError, match=message):
         _scheduler.plan(**(arguments | change))  # type: ignore[arg-type]
+
+
+def test_tokens_may_be_an_array() -> None:
+    lens, tokens = [500, 100, 700], [1, 16, 3]
+    plan = _scheduler.plan(lens, 16, np.array(tokens, dtype=np.int32), NUM_SMS, COST)
+    np.testing.assert_array_equal(plan.instructions, make_plan(lens, tokens=tokens).instructions)
+
+
+def test_equal_tokens_are_those_of_all() -> None:
+    lens = [500, 100, 70000]
+    np.testing.assert_array_equal(
+        make_plan(lens, tokens=[3, 3, 3]).instructions, make_plan(lens, tokens=3).instructions
+    )
+
+
+@pytest.mark.parametrize("tokens", [1.5, None, [1.0]])
+def test_tokens_that_are_no_integers_are_rejected(tokens: object) -> None:
+    with pytest.raises(TypeError, match="new_tokens: expected "):
+        _scheduler.plan([5], 16, tokens, NUM_SMS, COST)  # type: ignore[arg-type]
 
 
 def test_lengths_that_are_no_integers_are_rejected() -> None:

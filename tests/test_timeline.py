@@ -19,7 +19,7 @@ from mla_decode.picture import write_png
 from mla_decode.reference import make_case
 from mla_decode.timeline import Timeline
 from mla_decode.trace_file import write_trace
-from mla_decode.words import Partial, Reduction
+from mla_decode.words import Fill, Partial, Reduction
 
 LENGTHS = [4641, 9000, 1730]
 
@@ -79,6 +79,19 @@ def test_waiting_for_inputs_counts_as_idle(predicted: Timeline) -> None:
         predicted, slices=tuple(replace(s, ready_us=s.start_us) for s in predicted.slices)
     )
     assert 0 < eager.idle_share < predicted.idle_share < 1
+
+
+def test_fills_are_told_from_the_rest(tmp_path: Path) -> None:
+    plan = mla_decode.plan([0, 4000, 0], 16, 2, num_workers=4)
+    drawn = timeline.predicted(plan)
+    fills = [s for s in drawn.slices if isinstance(s.instruction, Fill)]
+    assert fills
+    assert {s.kind for s in fills} == {"fill"}
+    assert {s.request for s in fills} == {None}
+    assert all("fill" in s.label for s in fills)
+    write_png(drawn, tmp_path / "timeline.png")
+    names = [e["name"] for e in events(drawn, tmp_path) if e.get("cat") == "fill"]
+    assert len(names) == len(fills)
 
 
 # Measured
@@ -166,7 +179,7 @@ def test_trace_names_every_slice(drawn: Timeline, tmp_path: Path) -> None:
         assert e["tid"] == s.worker
         assert e["name"].startswith(f"uid {s.instruction.uid}: ")
         if isinstance(s.instruction, Partial):
-            assert f"request {s.instruction.q_batch} tokens [{s.instruction.start}, " in e["name"]
+            assert f"{s.instruction.q_batch} keys [{s.instruction.start}, " in e["name"]
 
 
 def test_slices_of_a_track_nest_or_follow_each_other(drawn: Timeline, tmp_path: Path) -> None:
@@ -239,6 +252,10 @@ def test_picture_of_any_batch_can_be_drawn(count: int, tmp_path: Path) -> None:
 def test_shape_is_told_in_words() -> None:
     assert timeline.describe_shape(mla_decode.plan([70], 8)) == (
         "1 request of 70 tokens, 1 new token, 8 heads"
+    )
+    ragged = mla_decode.plan([70, 0], 8, [0, 3], num_kv_heads=2)
+    assert timeline.describe_shape(ragged) == (
+        "2 requests of 70, 0 tokens, 0 to 3 new tokens, 8 heads of 2 KV heads"
     )
     many = mla_decode.plan([70, 4096, 80, 90, 100], 8, 2)
     assert (

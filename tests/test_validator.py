@@ -13,35 +13,82 @@ from mla_decode import _scheduler
 
 Words = npt.NDArray[np.int32]
 
-HEADS = 16
-TOKENS = 2
-SEQ_LENS = [130, 64, 0]
-NUM_SLOTS = 3
+HEADS = 24
+# Rows: 72 (a row group of 64 and one of 8), 24, 48 without keys, none.
+SEQ_LENS = [130, 64, 0, 500]
+TOKENS = [3, 1, 2, 0]
+TOTAL_TOKENS = 8  # the last two are padding
+NUM_SLOTS = 5
 INT32_MAX = 2**31 - 1
+INT32_MIN = -(2**31)
 
 # Positions in the queue of valid_queue().
-EARLY, LATE, WHOLE, LOW_HEADS, HIGH_HEADS, SECOND_TOKEN, INNER, END = range(8)
+(
+    EARLY,
+    LATE,
+    EARLY_TAIL,
+    LATE_TAIL,
+    WHOLE,
+    LOW_ROWS,
+    HIGH_ROWS,
+    TAIL_RUN,
+    INNER,
+    TAIL_LEFT,
+    TAIL_RIGHT,
+    EMPTY,
+    PADDING,
+) = range(13)
+
+
+def words_of(*words: int) -> list[int]:
+    return [*words] + [0] * (32 - len(words))
 
 
 def partial(
-    uid: int, dst: int, request: int, kv: tuple[int, int], length: int, rows: tuple[int, int]
-) -> list[int]:
-    words = [1, uid, dst, 0, request, 0, *kv, length, *rows]
-    return words + [0] * (32 - len(words))
-
-
-def reduction(
     uid: int,
     dst: int,
-    token: int,
+    sequence: int,
+    kv: tuple[int, int],
+    length: int,
+    rows: tuple[int, int],
+    token: int = 0,
+) -> list[int]:
+    return words_of(1, uid, dst, token, sequence, token, *kv, length, *rows)
+
+
+def shape_of(first_head: int, num_rows: int, cols: tuple[int, int]) -> int:
+    return first_head << 8 | num_rows << 16 | cols[0] // 64 << 24 | cols[1] // 64 << 27
+
+
+def listed(
+    uid: int,
+    dst: int,
+    first: tuple[int, int],
+    num_rows: int,
     inputs: list[int],
-    heads: tuple[int, int] = (0, 0),
     cols: tuple[int, int] = (0, 0),
 ) -> list[int]:
-    shape = (len(inputs) - 1) | heads[0] << 8 | heads[1] << 16
-    shape |= cols[0] // 64 << 24 | cols[1] // 64 << 27
-    words = [2, uid, shape, dst, token, *inputs]
-    return words + [0] * (32 - len(words))
+    """``first``: token and head of the first row."""
+    shape = (len(inputs) - 1) | shape_of(first[1], num_rows, cols)
+    return words_of(2, uid, shape, dst, first[0], *inputs)
+
+
+def run(
+    uid: int,
+    dst: int,
+    row: int,
+    num_rows: int,
+    inputs: tuple[int, int, int],
+    cols: tuple[int, int] = (0, 0),
+    first: tuple[int, int] = (0, 0),
+) -> list[int]:
+    """``inputs``: first, number, step."""
+    shape = shape_of(first[1], num_rows, cols) + INT32_MIN
+    return words_of(2, uid, shape, dst, first[0], *inputs, row)
+
+
+def fill(uid: int, begin: int, end: int) -> list[int]:
+    return words_of(3, uid, begin, end)
 
 
 def slot(index: int) -> int:
@@ -49,16 +96,25 @@ def slot(index: int) -> int:
 
 
 def valid_queue() -> Words:
-    """Request 0 in two pieces, merged by slices and by a small tree; request 1 in one."""
-    queue = [[0] * 32] * 8
-    queue[EARLY] = partial(0, slot(0), 0, (0, 64), 130, (0, 32))
-    queue[LATE] = partial(1, slot(1), 0, (64, 130), 130, (0, 0))
-    queue[WHOLE] = partial(3, 1, 1, (0, 64), 64, (0, 32))
-    queue[LOW_HEADS] = reduction(4, 0, 0, [0, 1], heads=(0, 8))
-    queue[HIGH_HEADS] = reduction(5, 0, 0, [0, 1], heads=(8, 8))
-    queue[SECOND_TOKEN] = reduction(2, slot(2), 1, [0, 1], cols=(0, 256))
-    queue[INNER] = reduction(6, 0, 1, [2], cols=(0, 256))
-    queue[END] = reduction(7, 0, 1, [0, 1], cols=(256, 256))
+    """Sequence 0 in two pieces of two row groups, whose slots are runs with step 2. The first is
+    merged by slices of rows; the second by a run into scratch, a list that reads it, and a run that
+    reads the other half of the columns. Sequence 1 in one piece; fills."""
+    queue = [[0] * 32] * 13
+    queue[EARLY] = partial(0, slot(0), 0, (0, 64), 130, (0, 64))
+    queue[EARLY_TAIL] = partial(1, slot(1), 0, (0, 64), 130, (64, 8))
+    queue[LATE] = partial(2, slot(2), 0, (64, 130), 130, (0, 0))
+    # Row 64 is that of token 2, head 16; all rows that are left.
+    queue[LATE_TAIL] = partial(3, slot(3), 0, (64, 130), 130, (16, 0), token=2)
+    queue[WHOLE] = partial(5, 1, 1, (0, 64), 64, (0, 24))
+    queue[LOW_ROWS] = run(6, 0, 0, 40, (0, 2, 2))
+    # From token 1, head 16: row 40.
+    queue[HIGH_ROWS] = run(7, 0, 0, 24, (0, 2, 2), first=(1, 16))
+    queue[TAIL_RUN] = run(4, slot(4), 64, 8, (1, 2, 2), cols=(0, 256))
+    queue[INNER] = listed(8, 0, (2, 16), 0, [4], cols=(0, 256))
+    queue[TAIL_LEFT] = run(9, 0, 64, 8, (1, 2, 2), cols=(256, 192))
+    queue[TAIL_RIGHT] = listed(10, 0, (2, 16), 8, [3, 1], cols=(448, 0))
+    queue[EMPTY] = fill(11, 4, 6)
+    queue[PADDING] = fill(12, 6, 8)
     return np.array(queue, dtype=np.int32)
 
 
@@ -68,6 +124,7 @@ def check(queue: Words, **changes: object) -> None:
         "num_heads": HEADS,
         "new_tokens": TOKENS,
         "num_slots": NUM_SLOTS,
+        "total_tokens": TOTAL_TOKENS,
     }
     _scheduler.validate(queue, **(arguments | changes))  # type: ignore[arg-type]
 
@@ -110,68 +167,102 @@ def end_then(words: list[int]) -> Callable[[Words], Words]:
     return lambda queue: np.vstack([queue, np.array([end, words], dtype=np.int32)])
 
 
-INT32_MIN = -(2**31)
 VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
-    ("opcode", "unknown", set_word(EARLY, 0, 3)),
+    ("opcode", "unknown", set_word(EARLY, 0, 4)),
     ("opcode", "negative", set_word(EARLY, 0, -2)),
-    ("end-of-queue", "work behind it", end_then(partial(9, 1, 1, (0, 64), 64, (0, 32)))),
+    ("end-of-queue", "work behind it", end_then(partial(13, 1, 1, (0, 64), 64, (0, 24)))),
     ("end-of-queue", "no-op behind it", end_then([0] * 32)),
     ("reserved", "partial", set_word(WHOLE, 31, 1)),
-    ("reserved", "behind the inputs", set_word(LOW_HEADS, 7, 1)),
-    ("reserved", "bit 31", set_word(LOW_HEADS, 2, INT32_MIN)),
+    ("reserved", "behind a list", set_word(INNER, 6, 1)),
+    ("reserved", "behind a run", set_word(LOW_ROWS, 9, 1)),
+    ("reserved", "a run that lists", set_word(LOW_ROWS, 2, (40 << 16 | 1) + INT32_MIN)),
+    ("reserved", "behind a fill", set_word(PADDING, 4, 1)),
     ("uid", "negative", set_word(WHOLE, 1, -1)),
     ("uid", "used twice", set_word(WHOLE, 1, 1)),
-    ("slot", "too high", set_words(EARLY, partial(9, slot(9), 0, (0, 64), 130, (0, 32)))),
+    ("uid", "of a fill", set_word(PADDING, 1, 11)),
+    ("slot", "too high", set_words(EARLY, partial(20, slot(20), 0, (0, 64), 130, (0, 64)))),
     ("slot", "not the uid", set_word(EARLY, 2, slot(2))),
     ("slot", "lowest integer", set_word(EARLY, 2, INT32_MIN)),
-    ("request", "too high", set_word(WHOLE, 4, 3)),
+    ("request", "too high", set_word(WHOLE, 4, 4)),
     ("request", "negative", set_word(WHOLE, 4, -1)),
-    ("token", "q_seq too high", set_word(WHOLE, 5, TOKENS)),
+    ("token", "q_seq too high", set_word(WHOLE, 5, 1)),
+    ("token", "sequence without tokens", set_word(WHOLE, 4, 3)),
     ("token", "dst_seq is not q_seq", set_word(WHOLE, 3, 1)),
-    ("token", "reduction of no token", set_word(LOW_HEADS, 4, TOKENS)),
-    ("token", "negative", set_word(LOW_HEADS, 4, -1)),
-    ("rows", "begin past the last", set_word(WHOLE, 9, TOKENS * HEADS)),
+    ("token", "reduction of no token", set_word(LOW_ROWS, 4, 17)),
+    ("token", "not of this sequence", set_words(INNER, listed(8, 0, (3, 0), 1, [4], (0, 256)))),
+    ("token", "negative", set_word(LOW_ROWS, 4, -1)),
+    ("rows", "begin past the last", set_word(WHOLE, 9, 24)),
     ("rows", "negative begin", set_word(WHOLE, 9, -1)),
     ("rows", "negative count", set_word(WHOLE, 10, -1)),
-    ("rows", "too many", set_word(WHOLE, 10, 33)),
+    ("rows", "too many", set_word(WHOLE, 10, 25)),
     ("rows", "overflow", set_word(WHOLE, 10, INT32_MAX)),
-    ("rows", "part of a group", set_word(WHOLE, 10, 31)),
+    ("rows", "part of a group", set_word(EARLY, 10, 63)),
+    ("rows", "more than a group", set_word(EARLY, 10, 72)),
+    ("row-group", "begin inside one", set_words(EARLY, partial(0, -1, 0, (0, 64), 130, (8, 64)))),
+    (
+        "row-group",
+        "begin at a token",
+        set_words(LATE_TAIL, partial(3, -4, 0, (64, 130), 130, (0, 0), 2)),
+    ),
+    ("row-group", "a run in two", set_words(HIGH_ROWS, run(7, 0, 40, 25, (0, 2, 2)))),
+    ("row-group", "a list in two", set_words(INNER, listed(8, 0, (2, 15), 9, [4], (0, 256)))),
+    ("row-group", "all heads of a token", set_words(INNER, listed(8, 0, (2, 0), 0, [4], (0, 256)))),
     ("length", "too long", set_word(WHOLE, 8, 65)),
-    ("length", "another request's", set_word(EARLY, 8, 64)),
+    ("length", "another sequence's", set_word(EARLY, 8, 64)),
     ("kv-range", "empty", set_word(EARLY, 7, 0)),
     ("kv-range", "backwards", set_word(LATE, 7, 1)),
     ("kv-range", "past the end", set_word(WHOLE, 7, 65)),
     ("kv-range", "negative", set_word(EARLY, 6, -64)),
-    ("kv-range", "request of length 0", append(partial(9, 2, 2, (0, 64), 0, (0, 32)))),
+    ("kv-range", "sequence of length 0", append(partial(13, 2, 2, (0, 64), 0, (0, 48)))),
     ("kv-alignment", "start", set_word(LATE, 6, 32)),
     ("kv-alignment", "end", set_word(EARLY, 7, 63)),
     ("destination", "partial", set_word(WHOLE, 2, 0)),
-    ("destination", "reduction", set_word(LOW_HEADS, 3, 1)),
-    ("destination", "of no request", set_word(LOW_HEADS, 3, INT32_MAX)),
-    ("input-count", "28", set_word(LOW_HEADS, 2, 27 | 8 << 16)),
-    ("input-count", "256", set_word(LOW_HEADS, 2, 255)),
-    ("slice", "heads", set_words(LOW_HEADS, reduction(4, 0, 0, [0, 1], heads=(9, 8)))),
-    ("slice", "head begin", set_words(LOW_HEADS, reduction(4, 0, 0, [0, 1], heads=(16, 0)))),
-    ("slice", "columns", set_words(LOW_HEADS, reduction(4, 0, 0, [0, 1], cols=(448, 128)))),
-    ("input", "no slot", set_word(LOW_HEADS, 5, NUM_SLOTS)),
-    ("input", "negative", set_word(LOW_HEADS, 5, -1)),
-    ("order", "reader first", move(LATE, END)),
-    ("order", "reads itself", set_word(SECOND_TOKEN, 5, 2)),
+    ("destination", "reduction", set_word(LOW_ROWS, 3, 1)),
+    ("destination", "of no sequence", set_word(LOW_ROWS, 3, INT32_MAX)),
+    ("input-count", "28 listed", set_word(INNER, 2, 27 | 8 << 16)),
+    ("input-count", "256 listed", set_word(INNER, 2, 255)),
+    ("input-count", "an empty run", set_word(LOW_ROWS, 6, 0)),
+    ("input-count", "a negative run", set_word(LOW_ROWS, 6, -1)),
+    ("input-count", "too long a run", set_word(LOW_ROWS, 6, _scheduler.MAX_RUN_INPUTS + 1)),
+    ("run", "step 0", set_word(LOW_ROWS, 7, 0)),
+    ("run", "step back", set_word(LOW_ROWS, 7, -1)),
+    ("run", "row offset", set_word(TAIL_RUN, 8, -1)),
+    ("slice", "rows of no token", set_word(TAIL_RUN, 8, 65)),
+    ("slice", "row offset", set_word(LOW_ROWS, 8, INT32_MAX - 127)),
+    ("slice", "first head", set_words(LOW_ROWS, run(6, 0, 0, 0, (0, 2, 2), first=(0, 24)))),
+    ("slice", "columns", set_words(LOW_ROWS, run(6, 0, 0, 40, (0, 2, 2), cols=(448, 128)))),
+    ("input", "no slot", set_word(INNER, 5, NUM_SLOTS)),
+    ("input", "negative", set_word(INNER, 5, -1)),
+    ("input", "first of a run", set_word(LOW_ROWS, 5, -1)),
+    ("input", "last of a run", set_word(LOW_ROWS, 6, 4)),
+    ("input", "step too long", set_word(LOW_ROWS, 7, INT32_MAX)),
+    ("order", "reader first", move(LATE, PADDING)),
+    ("order", "reads itself", set_words(TAIL_RUN, run(4, slot(4), 64, 8, (4, 1, 1), (0, 256)))),
     ("order", "writer missing", drop(EARLY)),
-    ("input-request", "two requests", set_words(LATE, partial(1, slot(1), 1, (0, 64), 64, (0, 0)))),
-    ("input-rows", "token", set_word(INNER, 4, 0)),
-    ("input-rows", "columns", set_words(INNER, reduction(6, 0, 1, [2], cols=(0, 320)))),
-    ("input-rows", "heads", set_words(EARLY, partial(0, slot(0), 0, (0, 64), 130, (1, 31)))),
-    ("read-once", "overlapping slices", set_words(HIGH_HEADS, reduction(5, 0, 0, [0, 1], (7, 9)))),
-    ("read-once", "twice in one", set_words(LOW_HEADS, reduction(4, 0, 0, [0, 0], (0, 8)))),
-    ("output-once", "two partials", append(partial(9, 1, 1, (0, 64), 64, (16, 16)))),
-    ("output-once", "besides a merge", append(partial(9, 0, 0, (0, 64), 130, (0, 32)))),
-    ("unread", "no reader", drop(END)),
-    ("unread", "one slice short", drop(HIGH_HEADS)),
+    ("input-request", "two", set_words(LATE, partial(2, slot(2), 1, (0, 64), 64, (0, 0)))),
+    ("input-rows", "another row group", set_word(LOW_ROWS, 7, 1)),
+    ("input-rows", "columns", set_words(INNER, listed(8, 0, (2, 16), 0, [4], (0, 320)))),
+    ("input-rows", "rows", set_words(TAIL_RUN, run(4, slot(4), 64, 7, (1, 2, 2), (0, 256)))),
+    ("fill", "none", set_word(PADDING, 3, 6)),
+    ("fill", "backwards", set_word(PADDING, 3, 5)),
+    ("fill", "negative", set_word(PADDING, 2, -1)),
+    ("fill", "behind the last", set_word(PADDING, 3, 9)),
+    ("fill", "a token with keys", set_word(EMPTY, 2, 3)),
+    ("fill", "all tokens", set_words(EMPTY, fill(11, 0, 8))),
+    ("read-once", "overlapping slices", set_words(HIGH_ROWS, run(7, 0, 39, 25, (0, 2, 2)))),
+    ("read-once", "twice in one", set_words(INNER, listed(8, 0, (2, 16), 0, [4, 4], (0, 256)))),
+    ("output-once", "two partials", append(partial(13, 1, 1, (0, 64), 64, (0, 24)))),
+    ("output-once", "besides a merge", append(partial(13, 0, 0, (0, 64), 130, (64, 8)))),
+    ("output-once", "overlapping fills", set_word(PADDING, 2, 5)),
+    ("output-once", "a fill twice", append(fill(13, 6, 7))),
+    ("unread", "no reader", drop(TAIL_RIGHT)),
+    ("unread", "one slice short", drop(HIGH_ROWS)),
     ("unread", "an inner result", drop(INNER)),
+    ("unfilled", "padding", drop(PADDING)),
+    ("unfilled", "an empty sequence", drop(EMPTY)),
+    ("unfilled", "one token", set_word(EMPTY, 2, 5)),
     ("covered-twice", "positions", set_word(LATE, 6, 0)),
     ("uncovered", "no partial", drop(WHOLE)),
-    ("uncovered", "rows", set_words(WHOLE, partial(3, 1, 1, (0, 64), 64, (1, 31)))),
     ("uncovered", "last positions", set_word(LATE, 7, 128)),
 ]
 
@@ -202,8 +293,8 @@ def test_a_violation_is_rejected_by_its_rule(rule: str, mutate: Callable[[Words]
 
 def test_tensors_too_small_for_the_batch_are_rejected() -> None:
     with pytest.raises(_scheduler.ScheduleError, match=r"\(rule: batch\)$"):
-        check(valid_queue(), batch=2)
-    check(valid_queue(), batch=4)
+        check(valid_queue(), batch=3)
+    check(valid_queue(), batch=5)
 
 
 def test_every_rule_has_a_violation() -> None:
@@ -212,13 +303,13 @@ def test_every_rule_has_a_violation() -> None:
 
 def test_the_message_names_instruction_and_uid() -> None:
     queue = set_word(LATE, 6, 32)(valid_queue())
-    with pytest.raises(_scheduler.ScheduleError, match=r"instruction 1, uid 1: \[32, 130\)"):
+    with pytest.raises(_scheduler.ScheduleError, match=r"instruction 1, uid 2: \[32, 130\)"):
         check(queue)
 
 
-def test_a_gap_is_named_by_request_row_and_position() -> None:
+def test_a_gap_is_named_by_sequence_row_and_position() -> None:
     queue = set_word(LATE, 7, 128)(valid_queue())
-    with pytest.raises(_scheduler.ScheduleError, match="request 0, token 0 head 0: position 128"):
+    with pytest.raises(_scheduler.ScheduleError, match="sequence 0, token 0 head 0: position 128"):
         check(queue)
 
 
@@ -226,14 +317,28 @@ def test_a_gap_is_named_by_request_row_and_position() -> None:
     ("changes", "message"),
     [
         ({"num_heads": 0}, "num_heads: expected 1 to 128, got 0"),
-        ({"new_tokens": 65}, "new_tokens: expected 1 to 64, got 65"),
+        ({"new_tokens": 17}, "new_tokens: expected 1 to 16, got 17"),
+        ({"new_tokens": [3, 1, 2, 17]}, r"new_tokens\[3\]: expected 0 to 16, got 17"),
+        ({"new_tokens": [3, 1, 2]}, "new_tokens: expected one for each of 4 sequences, got 3"),
+        ({"total_tokens": 5}, "total_tokens: 5 are too few"),
         ({"num_slots": -1}, "num_slots: expected 0 to"),
-        ({"seq_lens": [130, -1]}, r"seq_lens\[1\]: expected 0 to \d+, got -1"),
+        ({"seq_lens": [130, -1, 0, 0]}, r"seq_lens\[1\]: expected 0 to \d+, got -1"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(valid_queue(), **changes)
+
+
+def test_one_fill_may_cover_padding_of_a_head_and_empty_tokens_of_the_next() -> None:
+    whole = partial(0, 1, 1, (0, 5), 5, (0, 16))
+    other = partial(1, 3, 3, (0, 5), 5, (0, 16))
+    queue = np.array([whole, other, fill(2, 0, 1), fill(3, 2, 4), fill(4, 5, 6)], dtype=np.int32)
+    shape = {"seq_lens": [0, 5] * 2, "new_tokens": 1, "num_heads": 16, "num_slots": 0}
+    check(queue, **shape, total_tokens=6, num_kv_heads=2)
+    # As one KV head the second sequence is followed by the third, and padding comes last.
+    with pytest.raises(_scheduler.ScheduleError, match=r"\(rule: fill\)$"):
+        check(queue, **shape, total_tokens=6)
 
 
 def test_words_of_another_shape_or_type_are_rejected() -> None:
@@ -243,7 +348,7 @@ def test_words_of_another_shape_or_type_are_rejected() -> None:
         check(valid_queue().astype(np.int64))
 
 
-EDGE_WORDS = st.sampled_from([0, 1, -1, 2, 27, 64, 2**24, INT32_MAX, INT32_MIN])
+EDGE_WORDS = st.sampled_from([0, 1, -1, 2, 3, 27, 64, 2**16, 2**24, INT32_MAX, INT32_MIN])
 ANY_WORD = EDGE_WORDS | st.integers(INT32_MIN, INT32_MAX)
 
 
@@ -265,3 +370,77 @@ def test_garbage_is_rejected_without_harm(words: list[list[int]]) -> None:
     queue = np.array(words, dtype=np.int32).reshape(-1, 32)
     with pytest.raises(_scheduler.ScheduleError):
         check(queue, num_slots=INT32_MAX)
+
+
+def attended(queue: Words, num_heads: int, tokens: list[int]) -> dict[tuple[int, int, int], list]:
+    """KV ranges that reach each (sequence, row, column chunk) of the outputs, by brute force."""
+    slots: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    out: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
+    sequence_of: dict[int, int] = {}
+    for words in queue.tolist():
+        if words[0] == 1:
+            sequence, dst = words[4], words[2]
+            first = words[5] * num_heads + words[9]
+            rows = range(
+                first, first + (words[10] or min(64, tokens[sequence] * num_heads - first))
+            )
+            chunks, ranges = range(8), [words[6:8]]
+            read = {(row, chunk): ranges for row in rows for chunk in chunks}
+        elif words[0] == 2:
+            dst, shape = words[3], words[2] % 2**32
+            inputs, offset = words[5 : 6 + (shape & 0xFF)], 0
+            if shape >> 31:
+                inputs, offset = [words[5] + i * words[7] for i in range(words[6])], words[8]
+            head = shape >> 8 & 0xFF
+            first = words[4] * num_heads + head + offset
+            rows = range(first, first + ((shape >> 16 & 0xFF) or num_heads - head))
+            chunk = shape >> 24 & 7
+            chunks = range(chunk, chunk + (shape >> 27 & 15) if shape >> 27 & 15 else 8)
+            sequence = sequence_of[inputs[0]]
+            read = {
+                (r, c): [kv for i in inputs for kv in slots[i, r, c]] for r in rows for c in chunks
+            }
+        else:
+            continue
+        for (row, chunk), found in read.items():
+            if dst >= 0:
+                assert dst == sequence
+                out.setdefault((dst, row, chunk), []).extend(found)
+            else:
+                assert (-dst - 1, row, chunk) not in slots
+                slots[-dst - 1, row, chunk] = found
+                sequence_of[-dst - 1] = sequence
+    return out
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), policy=st.sampled_from(_scheduler.POLICIES))
+def test_what_is_accepted_attends_to_everything_once(data: st.DataObject, policy: str) -> None:
+    heads = data.draw(st.sampled_from([1, 3, 24, 63, 126]))
+    lens = data.draw(st.lists(st.sampled_from([0, 1, 64, 200, 700]), min_size=1, max_size=4))
+    tokens = [data.draw(st.integers(0, 4)) for _ in lens]
+    plan = _scheduler.plan(lens, heads, tokens, 5, _scheduler.CostModel(), policy, 2)
+    queue = plan.instructions
+    for _ in range(data.draw(st.integers(0, 2)) if len(queue) else 0):
+        position = data.draw(st.integers(0, len(queue) - 1))
+        word = data.draw(st.integers(2, 10))
+        was = int(queue[position, word])
+        changed = data.draw(st.integers(was - 64, was + 64) | EDGE_WORDS)
+        queue[position, word] = np.uint32(changed % 2**32).astype(np.int32)
+    try:
+        _scheduler.validate(queue, lens, heads, tokens, plan.num_slots)
+    except _scheduler.ScheduleError:
+        return
+    out = attended(queue, heads, tokens)
+    expected = {
+        (sequence, row, chunk): length
+        for sequence, length in enumerate(lens)
+        for row in range(tokens[sequence] * heads)
+        for chunk in range(8)
+        if length > 0
+    }
+    assert out.keys() == expected.keys()
+    for key, ranges in out.items():
+        ends = [0, *(end for _, end in sorted(ranges))]
+        assert [start for start, _ in sorted(ranges)] == ends[:-1]
+        assert ends[-1] == expected[key]

@@ -147,12 +147,12 @@ def ninja_text(
     )
     text += f"\nincludes_cxx = {includes}\nincludes_nvcc = {includes} -I{kittens}\n\n"
 
-    scheduler = sources_of(["scheduler/*.cpp", "python/bindings/scheduler.cpp"])
+    scheduler = sources_of(["scheduler/*.cpp", "python/bindings/*.cpp"])
     objects_folder = folder / f"objects{suffix.removesuffix('.so')}"
     if scheduler:
         lines, objects = compile_edges("cxx", scheduler, objects_folder)
         text += f"{lines}build {out}/_scheduler{suffix}: link {' '.join(objects)}\n\n"
-    kernels = sources_of(["python/bindings/kernels.cu", "instructions/*.cu", "megakernel/*.cu"])
+    kernels = sources_of(["python/bindings/*.cu"])
     modules = {out / f"_kernels{suffix}": kernels}
     if out == PACKAGE:
         modules[ROOT / f"demos/_rms_norm{suffix}"] = sources_of(["demos/*.cu"])
@@ -160,8 +160,10 @@ def ninja_text(
         report, logs = folder / "ptxas.txt", []
         for module, sources in modules.items():
             lines, objects = compile_edges("nvcc", sources, objects_folder)
-            text += f"{lines}build {module}: nvcc_link {' '.join(objects)} || {report}\n"
             logs += [f"{name}.log" for name in objects]
+            if sources is kernels:  # what the planner's checks are made of
+                objects.append(f"{objects_folder}/scheduler/batch.cpp.o")
+            text += f"{lines}build {module}: nvcc_link {' '.join(objects)} || {report}\n"
         text += f"build {report}: ptxas {' '.join(logs)} | {ROOT}/tools/ptxas_report.py\n"
     return text
 

@@ -1,67 +1,149 @@
-// Python module mla_decode._kernels: tensors come as (address, sizes, strides), so
-// neither torch nor libpython nor libcuda is linked.
+// Python module mla_decode._kernels: addresses come as integers, so neither torch nor
+// libpython nor libcuda is linked.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <optional>
-#include <tuple>
-
 #include "instructions/mla_decode.cuh"
+#include "python/bindings/device_plan.h"
+#include "scheduler/device_plan.cuh"
 
 namespace py = pybind11;
 
 namespace {
 
-// data_ptr, sizes, strides in elements
-using TensorRef = std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>>;
-
-mla::Tensor tensor(const TensorRef& ref) {
-    return {reinterpret_cast<void*>(std::get<0>(ref)), std::get<1>(ref), std::get<2>(ref)};
-}
-mla::Tensor tensor(const std::optional<TensorRef>& ref) {
-    return ref ? tensor(*ref) : mla::Tensor{};
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
 }
 
-void mla_decode(const TensorRef& instructions,
-                const std::optional<TensorRef>& timings,
-                const TensorRef& queue_state,
-                const TensorRef& q_rot,
-                const TensorRef& q_v,
-                const TensorRef& k_rot,
-                const TensorRef& v,
-                const TensorRef& table,
-                const TensorRef& o,
-                const TensorRef& o_scratch,
-                const TensorRef& lvec_scratch,
-                const TensorRef& completion_flag,
-                float softmax_scale,
-                int tic,
-                const std::optional<TensorRef>& lse,
-                uintptr_t stream,
-                int num_ctas,
-                uint64_t spin_timeout_ns,
-                int device) {
-    mla::DecodeArgs args;
-    args.instructions = tensor(instructions);
-    args.timings = tensor(timings);
-    args.queue_state = tensor(queue_state);
-    args.q_rot = tensor(q_rot);
-    args.q_v = tensor(q_v);
-    args.k_rot = tensor(k_rot);
-    args.v = tensor(v);
-    args.table = tensor(table);
-    args.o = tensor(o);
-    args.o_scratch = tensor(o_scratch);
-    args.lvec_scratch = tensor(lvec_scratch);
-    args.completion_flag = tensor(completion_flag);
-    args.lse = tensor(lse);
-    args.softmax_scale = softmax_scale;
-    args.tic = tic;
-    args.num_ctas = num_ctas;
-    args.timeout_us = static_cast<uint32_t>(std::min<uint64_t>(spin_timeout_ns / 1000, 1u << 30));
-    args.device = device;
-    args.stream = reinterpret_cast<cudaStream_t>(stream);
-    mla::launch_decode(args);
+mla::DecodeLayout make_layout(bool fp16,
+                              int num_heads,
+                              int h_kv,
+                              int num_requests,
+                              int s_q,
+                              int total_tokens,
+                              int64_t q_nope_row_stride,
+                              int64_t q_pe_row_stride,
+                              int num_blocks,
+                              int block_size,
+                              const std::array<int64_t, 3>& latent_strides,
+                              const std::array<int64_t, 3>& rope_strides,
+                              int table_stride,
+                              const std::array<int64_t, 3>& lse_strides,
+                              int slot_rows,
+                              float softmax_scale,
+                              bool causal,
+                              bool lse_base2,
+                              float lse_empty,
+                              int device) {
+    mla::DecodeLayout layout;
+    layout.fp16 = fp16;
+    layout.num_heads = num_heads;
+    layout.num_kv_heads = h_kv;
+    layout.num_requests = num_requests;
+    layout.s_q = s_q;
+    layout.total_tokens = total_tokens;
+    layout.q_nope_row_stride = q_nope_row_stride;
+    layout.q_pe_row_stride = q_pe_row_stride;
+    layout.num_blocks = num_blocks;
+    layout.block_size = block_size;
+    layout.latent_strides = latent_strides;
+    layout.rope_strides = rope_strides;
+    layout.table_stride = table_stride;
+    layout.lse_strides = lse_strides;
+    layout.slot_rows = slot_rows;
+    layout.softmax_scale = softmax_scale;
+    layout.causal = causal;
+    layout.lse_base2 = lse_base2;
+    layout.lse_empty = lse_empty;
+    layout.device = device;
+    return layout;
+}
+
+void launch(const mla::DecodeLayout& layout,
+            uintptr_t instructions,
+            int num_instructions,
+            uintptr_t timings,
+            uintptr_t queue_state,
+            uintptr_t q_nope,
+            uintptr_t q_pe,
+            uintptr_t latent,
+            uintptr_t rope,
+            uintptr_t block_ids,
+            uintptr_t kv_indptr,
+            uintptr_t cu_seqlens_q,
+            uintptr_t out,
+            uintptr_t lse,
+            uintptr_t attn_sink,
+            uintptr_t o_scratch,
+            uintptr_t lvec_scratch,
+            uintptr_t completion_flag,
+            int tic,
+            int num_ctas,
+            uint64_t spin_timeout_ns,
+            uintptr_t stream) {
+    mla::DecodePointers p{};
+    p.instructions = pointer<void>(instructions);
+    p.num_instructions = num_instructions;
+    p.timings = pointer<void>(timings);
+    p.queue_state = pointer<void>(queue_state);
+    p.q_nope = pointer<void>(q_nope);
+    p.q_pe = pointer<void>(q_pe);
+    p.latent = pointer<void>(latent);
+    p.rope = pointer<void>(rope);
+    p.block_ids = pointer<void>(block_ids);
+    p.kv_indptr = pointer<void>(kv_indptr);
+    p.cu_seqlens_q = pointer<void>(cu_seqlens_q);
+    p.out = pointer<void>(out);
+    p.lse = pointer<void>(lse);
+    p.attn_sink = pointer<void>(attn_sink);
+    p.o_scratch = pointer<void>(o_scratch);
+    p.lse_log2_scratch = pointer<void>(lvec_scratch);
+    p.done_flags = pointer<void>(completion_flag);
+    mla::LaunchOptions options;
+    options.tic = tic;
+    options.num_ctas = num_ctas;
+    options.timeout_us =
+        static_cast<uint32_t>(std::min<uint64_t>(spin_timeout_ns / 1000, 1u << 30));
+    options.stream = reinterpret_cast<cudaStream_t>(stream);
+    mla::launch_decode(layout, p, options);
+}
+
+void plan(uintptr_t seq_lens,
+          uintptr_t cu_seqlens_q,
+          int num_requests,
+          int num_kv_heads,
+          int s_q,
+          int total_tokens,
+          int num_heads,
+          int max_seq_len,
+          int num_workers,
+          int split_tiles,
+          const std::vector<double>& cost,
+          uintptr_t instructions,
+          int64_t rows,
+          uintptr_t header,
+          int device,
+          uintptr_t stream) {
+    mla::DevicePlanProblem problem{};
+    problem.seq_lens = pointer<const int32_t>(seq_lens);
+    problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
+    problem.num_requests = num_requests;
+    problem.num_kv_heads = num_kv_heads;
+    problem.s_q = s_q;
+    problem.total_tokens = total_tokens;
+    problem.num_heads = num_heads;
+    problem.max_seq_len = max_seq_len;
+    problem.num_workers = num_workers;
+    problem.split_tiles = split_tiles;
+    problem.cost = mla::device_plan_cost(cost);
+    mla::check_device_plan(problem);
+    mla::launch_device_plan(problem,
+                            pointer<int32_t>(instructions),
+                            rows,
+                            pointer<int32_t>(header),
+                            device,
+                            reinterpret_cast<cudaStream_t>(stream));
 }
 
 std::string describe_wait(const mk::FailureRecord& record) {
@@ -81,6 +163,8 @@ std::string describe_wait(const mk::FailureRecord& record) {
             return "completion flag of scratch slot " + index;
         case mk::WaitKind::kBadOpcode:
             return "an opcode that the kernel knows";
+        case mk::WaitKind::kBadLength:
+            break;  // no wait
     }
     return "unknown";
 }
@@ -88,17 +172,23 @@ std::string describe_wait(const mk::FailureRecord& record) {
 py::object take_error(int device) {
     const auto record = mk::FailureRecords::take(device);
     if (!record) return py::none();
+    py::dict error;
+    error["expected"] = record->expected;
+    error["seen"] = record->seen;
+    if (static_cast<mk::WaitKind>(record->wait_kind) == mk::WaitKind::kBadLength) {
+        error["kind"] = "length";
+        error["request"] = record->index;
+        return error;
+    }
     static constexpr const char* kRoles[] = {
         "consumer", "controller", "loader", "storer", "launcher"};
-    py::dict error;
+    error["kind"] = "timeout";
     error["sm"] = record->sm;
     error["role"] = kRoles[record->role % 5];
     error["instruction"] = record->instruction;
     error["uid"] = record->uid;
     error["opcode"] = record->opcode;
     error["wait"] = describe_wait(*record);
-    error["expected"] = record->expected;
-    error["seen"] = record->seen;
     return error;
 }
 
@@ -111,32 +201,36 @@ std::string device_name(int device) {
 }  // namespace
 
 PYBIND11_MODULE(_kernels, m) {
-    m.doc() = "The MLA decode megakernel (sm_90a).";
+    m.doc() = "The MLA decode megakernel and its planner (sm_90a).";
     m.attr("QUEUE_STATE_WORDS") = mk::kQueueStateWords;
     m.attr("TIMING_WORDS") = mk::kTimingWords;
     m.def("available", &mk::why_unavailable, py::arg("device") = 0);
     m.def("num_sms", &mk::num_sms, py::arg("device") = 0);
     m.def("device_name", &device_name, py::arg("device") = 0);
     m.def("take_error", &take_error, py::arg("device") = 0);
-    m.def("mla_decode",
-          &mla_decode,
-          py::arg("instructions"),
-          py::arg("timings"),
-          py::arg("queue_state"),
-          py::arg("q_rot"),
-          py::arg("q_v"),
-          py::arg("k_rot"),
-          py::arg("v"),
-          py::arg("table"),
-          py::arg("o"),
-          py::arg("o_scratch"),
-          py::arg("lvec_scratch"),
-          py::arg("completion_flag"),
-          py::arg("softmax_scale"),
-          py::arg("tic"),
-          py::arg("lse"),
-          py::arg("stream"),
-          py::arg("num_ctas"),
-          py::arg("spin_timeout_ns"),
-          py::arg("device"));
+    m.def("plan", &plan);
+    py::class_<mla::DecodeLayout>(m, "DecodeLayout")
+        .def(py::init(&make_layout),
+             py::kw_only(),
+             py::arg("fp16"),
+             py::arg("num_heads"),
+             py::arg("h_kv"),
+             py::arg("num_requests"),
+             py::arg("s_q"),
+             py::arg("total_tokens"),
+             py::arg("q_nope_row_stride"),
+             py::arg("q_pe_row_stride"),
+             py::arg("num_blocks"),
+             py::arg("block_size"),
+             py::arg("latent_strides"),
+             py::arg("rope_strides"),
+             py::arg("table_stride"),
+             py::arg("lse_strides"),
+             py::arg("slot_rows"),
+             py::arg("softmax_scale"),
+             py::arg("causal"),
+             py::arg("lse_base2"),
+             py::arg("lse_empty"),
+             py::arg("device"))
+        .def("launch", &launch);
 }

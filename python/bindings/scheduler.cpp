@@ -5,15 +5,16 @@
 #include <pybind11/stl.h>
 
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "instructions/layout.h"
+#include "scheduler/batch.h"
 #include "scheduler/cost_model.h"
 #include "scheduler/errors.h"
 #include "scheduler/planner.h"
-#include "scheduler/problem.h"
 #include "scheduler/quality.h"
 #include "scheduler/serialiser.h"
 #include "scheduler/simulate.h"
@@ -21,37 +22,82 @@
 
 namespace py = pybind11;
 
+// In device_plan.cpp.
+void bind_device_plan(py::module_& m);
+
 namespace {
 
 using WordArray = py::array_t<int32_t, py::array::c_style>;
 
 // A list or array of integers, copied: Python may change it while we plan without the GIL.
-std::vector<int32_t> to_lengths(const py::object& object) {
+std::vector<int32_t> to_integers(const std::string& name, const py::object& object) {
     const auto array = py::array::ensure(object);
-    if (!array) throw py::type_error("seq_lens: expected a list or array of integers");
+    if (!array) throw py::type_error(name + ": expected a list or array of integers");
     if (array.ndim() != 1) {
-        throw py::value_error("seq_lens: expected one dimension, got " +
+        throw py::value_error(name + ": expected one dimension, got " +
                               std::to_string(array.ndim()));
     }
     if (array.size() == 0) return {};
     const char kind = array.dtype().kind();
     if (kind != 'i' && kind != 'u') {
-        throw py::type_error("seq_lens: expected integers, got dtype " +
+        throw py::type_error(name + ": expected integers, got dtype " +
                              py::str(array.dtype()).cast<std::string>());
     }
     const auto wide = py::array_t<int64_t, py::array::forcecast>::ensure(array);
-    std::vector<int32_t> lengths;
-    lengths.reserve(wide.size());
+    std::vector<int32_t> integers;
+    integers.reserve(wide.size());
     const auto values = wide.unchecked<1>();
     for (py::ssize_t i = 0; i < values.shape(0); ++i) {
         if (values(i) < std::numeric_limits<int32_t>::min() ||
             values(i) > std::numeric_limits<int32_t>::max()) {
-            throw py::value_error("seq_lens[" + std::to_string(i) +
+            throw py::value_error(name + "[" + std::to_string(i) +
                                   "]: " + std::to_string(values(i)) + " does not fit 32 bits");
         }
-        lengths.push_back(static_cast<int32_t>(values(i)));
+        integers.push_back(static_cast<int32_t>(values(i)));
     }
-    return lengths;
+    return integers;
+}
+
+// One number for all sequences, or one for each.
+mla::NewTokens to_new_tokens(const py::object& object) {
+    mla::NewTokens tokens;
+    if (py::isinstance<py::array>(object) || py::isinstance<py::sequence>(object)) {
+        tokens.each = to_integers("new_tokens", object);
+        for (size_t i = 0; i < tokens.each.size(); ++i) {
+            const int32_t count = tokens.each[i];
+            if (0 <= count && count <= mla::kMaxNewTokens) continue;
+            mla::check_range("new_tokens[" + std::to_string(i) + "]", count, 0, mla::kMaxNewTokens);
+        }
+        return tokens;
+    }
+    int64_t uniform = 0;
+    try {
+        uniform = object.cast<int64_t>();
+    } catch (const py::cast_error&) {
+        throw py::type_error("new_tokens: expected an integer, or a list or array of them");
+    }
+    mla::check_range("new_tokens", uniform, 1, mla::kMaxNewTokens);
+    tokens.uniform = static_cast<int32_t>(uniform);
+    return tokens;
+}
+
+mla::Batch to_batch(const py::object& seq_lens,
+                    int num_heads,
+                    const py::object& new_tokens,
+                    std::optional<int64_t> total_tokens,
+                    int num_kv_heads) {
+    mla::Batch batch;
+    batch.seq_lens = to_integers("seq_lens", seq_lens);
+    batch.num_heads = num_heads;
+    batch.num_kv_heads = num_kv_heads;
+    mla::NewTokens tokens = to_new_tokens(new_tokens);
+    batch.new_tokens = std::move(tokens.each);
+    if (tokens.uniform > 0) batch.new_tokens.assign(batch.seq_lens.size(), tokens.uniform);
+    batch.total_tokens =
+        total_tokens
+            ? *total_tokens
+            : std::accumulate(batch.new_tokens.begin(), batch.new_tokens.end(), int64_t{0});
+    return batch;
 }
 
 mla::Queue to_queue(const WordArray& instructions) {
@@ -87,17 +133,19 @@ struct PlanData {
 
 PlanData plan(const py::object& seq_lens,
               int num_heads,
-              int new_tokens,
+              const py::object& new_tokens,
               int num_workers,
               const mla::CostModel& cost,
               const std::string& policy_name,
-              int split_tiles) {
-    const mla::Problem problem{to_lengths(seq_lens), num_heads, new_tokens, num_workers};
+              int split_tiles,
+              std::optional<int64_t> total_tokens,
+              int num_kv_heads) {
+    const mla::Batch batch = to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads);
     const mla::Policy policy = mla::parse_policy(policy_name);
     mla::Plan result;
     {
         py::gil_scoped_release unlocked;
-        result = mla::plan(problem, cost, policy, split_tiles);
+        result = mla::plan(batch, num_workers, cost, policy, split_tiles);
     }
     const py::ssize_t count = result.num_instructions();
     return {to_array(std::move(result.words), {count, mla::kInstructionWords}),
@@ -112,29 +160,27 @@ PlanData plan(const py::object& seq_lens,
 void validate(const WordArray& instructions,
               const py::object& seq_lens,
               int num_heads,
-              int new_tokens,
+              const py::object& new_tokens,
               int num_slots,
-              std::optional<int64_t> batch) {
+              std::optional<int64_t> capacity,
+              std::optional<int64_t> total_tokens,
+              int num_kv_heads) {
     const mla::Queue queue = to_queue(instructions);
-    const std::vector<int32_t> lengths = to_lengths(seq_lens);
-    mla::validate(queue,
-                  lengths,
-                  num_heads,
-                  new_tokens,
-                  num_slots,
-                  batch.value_or(static_cast<int64_t>(lengths.size())));
+    const mla::Batch batch = to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads);
+    mla::validate(queue, batch, num_slots, capacity.value_or(batch.num_sequences()));
 }
 
 py::tuple simulate(const WordArray& instructions,
                    int num_heads,
-                   int new_tokens,
+                   const py::object& new_tokens,
                    int num_workers,
                    const mla::CostModel& cost) {
     const mla::Queue queue = to_queue(instructions);
     mla::check_cost_model(cost);
-    mla::check_shape(num_heads, new_tokens, num_workers);
+    mla::check_range("num_heads", num_heads, 1, mla::kMaxHeads);
+    mla::check_range("num_workers", num_workers, 1, mla::kMaxWorkers);
     const mla::TaskGraph graph =
-        mla::parse_tasks(queue.words, queue.num_instructions, num_heads, new_tokens);
+        mla::parse_tasks(queue.words, queue.num_instructions, num_heads, to_new_tokens(new_tokens));
     const mla::Timeline timeline = mla::simulate(graph, mla::queue_order(graph), num_workers, cost);
     const auto count = static_cast<py::ssize_t>(timeline.worker.size());
     return py::make_tuple(to_array(timeline.worker, {count}),
@@ -216,29 +262,40 @@ void bind_plan_data(py::module_& m) {
         .def_readonly("end_us", &PlanData::end_us);
 }
 
+py::tuple names(std::initializer_list<const char*> fields, int num_inputs = 0) {
+    py::list all;
+    for (const char* field : fields) all.append(field);
+    for (int i = 0; i < num_inputs; ++i) all.append("input_" + std::to_string(i));
+    return py::tuple(all);
+}
+
 py::dict word_names() {
     py::dict words;
-    words["noop"] = py::make_tuple("opcode");
-    words["end_of_queue"] = py::make_tuple("opcode");
-    words["mla_partial"] = py::make_tuple("opcode",
-                                          "uid",
-                                          "dst_batch",
-                                          "dst_seq",
-                                          "q_batch",
-                                          "q_seq",
-                                          "start",
-                                          "end",
-                                          "length",
-                                          "row_begin",
-                                          "num_rows");
-    py::list reduction;
-    for (const char* name : {"opcode", "uid", "shape", "dst_batch", "dst_seq"}) {
-        reduction.append(name);
-    }
-    for (int i = 0; i < mla::kMaxReductionInputs; ++i) {
-        reduction.append("input_" + std::to_string(i));
-    }
-    words["mla_reduction"] = py::tuple(reduction);
+    words["noop"] = names({"opcode"});
+    words["end_of_queue"] = names({"opcode"});
+    words["mla_partial"] = names({"opcode",
+                                  "uid",
+                                  "dst_batch",
+                                  "dst_seq",
+                                  "q_batch",
+                                  "q_seq",
+                                  "start",
+                                  "end",
+                                  "length",
+                                  "row_begin",
+                                  "num_rows"});
+    words["mla_reduction"] =
+        names({"opcode", "uid", "shape", "dst_batch", "dst_seq"}, mla::kMaxReductionInputs);
+    words["mla_reduction_run"] = names({"opcode",
+                                        "uid",
+                                        "shape",
+                                        "dst_batch",
+                                        "dst_seq",
+                                        "first_input",
+                                        "num_inputs",
+                                        "input_step",
+                                        "row_offset"});
+    words["mla_fill"] = names({"opcode", "uid", "token_begin", "token_end"});
     return words;
 }
 
@@ -249,11 +306,13 @@ void bind_constants(py::module_& m) {
     m.attr("OPCODE_NOOP") = static_cast<int>(mla::Opcode::kNoop);
     m.attr("OPCODE_MLA_PARTIAL") = static_cast<int>(mla::Opcode::kMlaPartial);
     m.attr("OPCODE_MLA_REDUCTION") = static_cast<int>(mla::Opcode::kMlaReduction);
+    m.attr("OPCODE_MLA_FILL") = static_cast<int>(mla::Opcode::kMlaFill);
     m.attr("LATENT_DIM") = mla::kLatentDim;
     m.attr("ROPE_DIM") = mla::kRopeDim;
     m.attr("KV_TILE") = mla::kKvTile;
     m.attr("MAX_ROWS") = mla::kMaxRows;
     m.attr("MAX_REDUCTION_INPUTS") = mla::kMaxReductionInputs;
+    m.attr("MAX_RUN_INPUTS") = mla::kMaxRunInputs;
     m.attr("COLUMN_CHUNK") = mla::kColumnChunk;
     m.attr("MAX_HEADS") = mla::kMaxHeads;
     m.attr("MAX_NEW_TOKENS") = mla::kMaxNewTokens;
@@ -263,7 +322,9 @@ void bind_constants(py::module_& m) {
     py::dict rules;
     for (const mla::Rule& rule : mla::kRules) rules[rule.name] = rule.meaning;
     m.attr("RULES") = rules;
-    m.attr("POLICIES") = py::make_tuple("balanced", "backward", "unsplit", "fixed");
+    py::list policies;
+    for (const mla::PolicyName& policy : mla::kPolicyNames) policies.append(policy.name);
+    m.attr("POLICIES") = py::tuple(policies);
 }
 
 }  // namespace
@@ -283,7 +344,9 @@ PYBIND11_MODULE(_scheduler, m) {
           py::arg("num_workers"),
           py::arg("cost"),
           py::arg("policy") = "balanced",
-          py::arg("split_tiles") = 0);
+          py::arg("split_tiles") = 0,
+          py::arg("total_tokens") = py::none(),
+          py::arg("num_kv_heads") = 1);
     m.def("validate",
           &validate,
           py::arg("instructions").noconvert(),
@@ -291,7 +354,9 @@ PYBIND11_MODULE(_scheduler, m) {
           py::arg("num_heads"),
           py::arg("new_tokens"),
           py::arg("num_slots"),
-          py::arg("batch") = py::none());
+          py::arg("batch") = py::none(),
+          py::arg("total_tokens") = py::none(),
+          py::arg("num_kv_heads") = 1);
     m.def("simulate",
           &simulate,
           py::arg("instructions").noconvert(),
@@ -305,4 +370,5 @@ PYBIND11_MODULE(_scheduler, m) {
           py::arg("num_processors"),
           py::arg("num_tokens"),
           py::arg("seq_length"));
+    bind_device_plan(m);
 }

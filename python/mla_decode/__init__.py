@@ -9,10 +9,11 @@ except ImportError as error:
         f"mla_decode: the scheduler extension is not built; run make, or pip install . [{error}]"
     ) from error
 
-from . import cost, errors, reference
+from . import cost, distributed, errors, flash_mla, flashinfer, ops, reference
 from ._scheduler import get_quality as __get_quality__
 from .cost import CostModel, floor_us
-from .decoding import decode, interpret
+from .decoding import decode, interpret, release_caches
+from .device_plan import DevicePlan
 from .errors import (
     AlignmentError,
     DeadlockError,
@@ -28,6 +29,7 @@ from .errors import (
     StrideError,
     UnsupportedError,
 )
+from .merge_states import merge_states
 from .native import synchronize
 from .planning import Plan, plan
 from .raw import mla_decode, mla_decode_8_heads
@@ -40,6 +42,7 @@ __all__ = [
     "CostModel",
     "DeadlockError",
     "DeviceError",
+    "DevicePlan",
     "DtypeError",
     "MegakernelTimeout",
     "MlaDecodeError",
@@ -55,13 +58,19 @@ __all__ = [
     "__get_quality__",
     "cost",
     "decode",
+    "distributed",
     "errors",
+    "flash_mla",
+    "flashinfer",
     "floor_us",
     "interpret",
+    "merge_states",
     "mla_decode",
     "mla_decode_8_heads",
+    "ops",
     "plan",
     "reference",
+    "release_caches",
     "release_workspaces",
     "synchronize",
     "workspace_bytes",

@@ -1,20 +1,19 @@
 """The CUDA extension. It takes raw pointers: no torch, no libpython symbols of ours."""
 
-from typing import TypeAlias, TypedDict
-
-# data pointer, sizes, strides in elements
-TensorRef: TypeAlias = tuple[int, list[int], list[int]]
+from typing import Literal, TypedDict
 
 QUEUE_STATE_WORDS: int
 TIMING_WORDS: int
 
-class ErrorRecord(TypedDict):
+class ErrorRecord(TypedDict, total=False):
+    kind: Literal["timeout", "length"]
     sm: int
     role: str
     instruction: int
     uid: int
     opcode: int
     wait: str
+    request: int
     expected: int
     seen: int
 
@@ -22,24 +21,78 @@ def available(device: int = 0) -> str: ...
 def num_sms(device: int = 0) -> int: ...
 def device_name(device: int = 0) -> str: ...
 def take_error(device: int = 0) -> ErrorRecord | None: ...
-def mla_decode(
-    instructions: TensorRef,
-    timings: TensorRef | None,
-    queue_state: TensorRef,
-    q_rot: TensorRef,
-    q_v: TensorRef,
-    k_rot: TensorRef,
-    v: TensorRef,
-    table: TensorRef,
-    o: TensorRef,
-    o_scratch: TensorRef,
-    lvec_scratch: TensorRef,
-    completion_flag: TensorRef,
-    softmax_scale: float,
-    tic: int,
-    lse: TensorRef | None,
-    stream: int,
-    num_ctas: int,
-    spin_timeout_ns: int,
+
+class DecodeLayout:
+    """All of a launch that does not change from call to call. Strides are in elements."""
+
+    def __init__(
+        self,
+        *,
+        fp16: bool,
+        num_heads: int,
+        h_kv: int,
+        num_requests: int,
+        s_q: int,
+        total_tokens: int,
+        q_nope_row_stride: int,
+        q_pe_row_stride: int,
+        num_blocks: int,
+        block_size: int,
+        latent_strides: tuple[int, int, int],
+        rope_strides: tuple[int, int, int],
+        table_stride: int,
+        lse_strides: tuple[int, int, int],
+        slot_rows: int,
+        softmax_scale: float,
+        causal: bool,
+        lse_base2: bool,
+        lse_empty: float,
+        device: int,
+    ) -> None: ...
+    def launch(
+        self,
+        instructions: int,
+        num_instructions: int,
+        timings: int,
+        queue_state: int,
+        q_nope: int,
+        q_pe: int,
+        latent: int,
+        rope: int,
+        block_ids: int,
+        kv_indptr: int,
+        cu_seqlens_q: int,
+        out: int,
+        lse: int,
+        attn_sink: int,
+        o_scratch: int,
+        lvec_scratch: int,
+        completion_flag: int,
+        tic: int,
+        num_ctas: int,
+        spin_timeout_ns: int,
+        stream: int,
+        /,
+    ) -> None:
+        """Enqueue one launch. Tensors are addresses, 0 for none."""
+
+def plan(
+    seq_lens: int,
+    cu_seqlens_q: int,
+    num_requests: int,
+    h_kv: int,
+    s_q: int,
+    total_tokens: int,
+    num_heads: int,
+    max_seq_len: int,
+    num_workers: int,
+    split_tiles: int,
+    cost: list[float],
+    instructions: int,
+    rows: int,
+    header: int,
     device: int,
-) -> None: ...
+    stream: int,
+    /,
+) -> None:
+    """Enqueue the planning of a batch on the GPU. Tensors are addresses, 0 for none."""

@@ -1,6 +1,9 @@
 """Planner, simulator and validator of MLA decode queues (C++).
 
-Times are microseconds. Instruction words are those of ``instructions/layout.h``.
+Times are microseconds. Instruction words are those of ``instructions/layout.h``. Everything counts
+sequences: one KV head of one request each, ``sequence = kv_head * num_requests + request``. Flat
+tokens are the first dimension of the outputs: those of one KV head, request after request, with
+padding behind them, then those of the next.
 """
 
 from collections.abc import Sequence
@@ -15,25 +18,30 @@ OPCODE_END_OF_QUEUE: Final[int]
 OPCODE_NOOP: Final[int]
 OPCODE_MLA_PARTIAL: Final[int]
 OPCODE_MLA_REDUCTION: Final[int]
+OPCODE_MLA_FILL: Final[int]
 LATENT_DIM: Final[int]
 ROPE_DIM: Final[int]
 KV_TILE: Final[int]
 MAX_ROWS: Final[int]
 MAX_REDUCTION_INPUTS: Final[int]
+MAX_RUN_INPUTS: Final[int]
 COLUMN_CHUNK: Final[int]
 MAX_HEADS: Final[int]
 MAX_NEW_TOKENS: Final[int]
 MAX_WORKERS: Final[int]
 
 WORDS: Final[dict[str, tuple[str, ...]]]
-"""Field names by opcode name; word ``i`` is field ``i``, what has no name is 0."""
+"""Field names by opcode name; word ``i`` is field ``i``, what has no name is 0.
+
+A reduction with bit 31 of ``shape`` has the fields of ``"mla_reduction_run"``.
+"""
 
 RULES: Final[dict[str, str]]
 """Names of the validator's rules, and what each demands."""
 
 POLICIES: Final[tuple[str, ...]]
 
-_Lengths = Sequence[int] | npt.NDArray[np.integer]
+_Integers = Sequence[int] | npt.NDArray[np.integer]
 _Words = npt.NDArray[np.int32]
 
 class ScheduleError(ValueError):
@@ -141,30 +149,44 @@ class PlanData:
     def end_us(self) -> npt.NDArray[np.float32]: ...
 
 def plan(
-    seq_lens: _Lengths,
+    seq_lens: _Integers,
     num_heads: int,
-    new_tokens: int,
+    new_tokens: int | _Integers,
     num_workers: int,
     cost: CostModel,
     policy: str = "balanced",
     split_tiles: int = 0,
+    total_tokens: int | None = None,
+    num_kv_heads: int = 1,
 ) -> PlanData:
     """Plan a batch.
 
     Parameters
     ----------
     seq_lens
-        KV length of each request, its new tokens included; at least 1.
-    num_heads, new_tokens
-        Query heads (at most 128) and new tokens (at most 64) of every request.
+        KV length of each sequence, its new tokens included; 0: it is empty, and its tokens are
+        filled.
+    num_heads
+        Query heads per KV head, 1 to 128.
+    new_tokens
+        Of every sequence, 1 to 16; or of each, 0 to 16.
     num_workers
         SMs.
     policy
         One of `POLICIES`. ``"balanced"`` keeps the best of many cuts by simulation,
-        ``"backward"`` grows a reduction tree per request while `get_quality` rises,
-        ``"unsplit"`` leaves requests whole, ``"fixed"`` cuts every `split_tiles` tiles.
+        ``"backward"`` grows a reduction tree per sequence while `get_quality` rises,
+        ``"unsplit"`` leaves sequences whole, ``"fixed"`` cuts every `split_tiles` tiles.
+        ``"batch_invariant"`` does so as well, and slices a sequence's reductions by its own rows
+        and pieces: of its instructions only slots, uids and places in the queue depend on the
+        rest of the batch.
     split_tiles
-        KV tiles of 64 tokens per piece, for the policy ``"fixed"`` alone.
+        KV tiles of 64 tokens per piece. ``"fixed"`` needs it, 0 is 16 for ``"batch_invariant"``,
+        the others ignore it.
+    total_tokens
+        Flat tokens of the outputs, all KV heads; those that no sequence has are filled. None:
+        the sum of `new_tokens`.
+    num_kv_heads
+        A divisor of ``len(seq_lens)`` and of `total_tokens`.
 
     Raises
     ------
@@ -174,11 +196,13 @@ def plan(
 
 def validate(
     instructions: _Words,
-    seq_lens: _Lengths,
+    seq_lens: _Integers,
     num_heads: int,
-    new_tokens: int,
+    new_tokens: int | _Integers,
     num_slots: int,
     batch: int | None = None,
+    total_tokens: int | None = None,
+    num_kv_heads: int = 1,
 ) -> None:
     """Prove that a queue computes the batch's attention and cannot deadlock.
 
@@ -186,27 +210,34 @@ def validate(
     ----------
     instructions
         ``[n, 32]`` int32. Untrusted: any words are safe to pass.
-    seq_lens
-        As in `plan`; a request of length 0 needs no instruction.
+    seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads
+        As in `plan`.
     num_slots
         Scratch slots that exist.
     batch
-        Requests that the tensors hold; None: ``len(seq_lens)``.
+        Sequences that the tensors hold; None: ``len(seq_lens)``.
 
     Raises
     ------
     ScheduleError
         The first violation, naming instruction, uid and rule (see `RULES`).
+    ValueError, TypeError
+        As `plan`.
     """
 
 def simulate(
     instructions: _Words,
     num_heads: int,
-    new_tokens: int,
+    new_tokens: int | _Integers,
     num_workers: int,
     cost: CostModel,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], float]:
     """Predict a queue's execution under the GPU's policy of tickets in queue order.
+
+    Parameters
+    ----------
+    new_tokens
+        Of every sequence, or of each.
 
     Returns
     -------
@@ -218,7 +249,8 @@ def simulate(
     Raises
     ------
     ScheduleError
-        An unknown opcode, or an input that no earlier instruction writes.
+        An unknown opcode, a sequence that `new_tokens` lacks, or an input that no earlier
+        instruction writes.
     """
 
 def get_quality(
@@ -248,4 +280,48 @@ def get_quality(
     -------
     float
         Higher is better; -999999999.0 if there are more reductions than processors.
+    """
+
+DEVICE_PLAN_HEADER_WORDS: Final[int]
+
+def device_plan_capacity(
+    *,
+    num_requests: int,
+    num_kv_heads: int,
+    s_q: int,
+    total_tokens: int,
+    num_heads: int,
+    max_seq_len: int,
+    num_workers: int,
+    split_tiles: int,
+) -> tuple[int, int]:
+    """Rows of instructions, end marks included, and slots that `device_plan` may need."""
+
+def device_plan(
+    *,
+    seq_lens: _Words,
+    cu_seqlens_q: _Words | None,
+    num_kv_heads: int,
+    s_q: int,
+    total_tokens: int,
+    num_heads: int,
+    max_seq_len: int,
+    num_workers: int,
+    split_tiles: int,
+    cost: Sequence[float],
+    instructions: _Words,
+    header: _Words,
+) -> None:
+    """Plan on the CPU as the GPU does, word for word.
+
+    Parameters
+    ----------
+    seq_lens, cu_seqlens_q
+        ``[B]`` and ``[B + 1]`` int32, by request; without the latter all have `s_q` tokens.
+    total_tokens
+        Of one KV head, padding included.
+    cost
+        The values of `CostModel.as_dict`, in its order.
+    instructions, header
+        Written: the queue with its end marks, and instructions, slots, bad lengths.
     """

@@ -15,7 +15,6 @@ import torch
 
 from . import cost, doctor, measure, native, reference, timeline
 from ._scheduler import get_quality
-from .decoding import decode
 from .errors import MlaDecodeError, UnsupportedError
 from .picture import write_png
 from .planning import POLICIES, Plan, plan
@@ -92,17 +91,7 @@ def _demo(arguments: argparse.Namespace, console: Console) -> int:
     case = job.case()
     out, lse = case.poisoned_outputs()
     started = time.perf_counter()
-    decode(
-        case.q,
-        case.kv_cache,
-        case.block_table,
-        case.seq_lens,
-        plan=made,
-        softmax_scale=case.softmax_scale,
-        out=out,
-        lse=lse,
-        check_block_table=True,
-    )
+    measure.decode_case(case, made, out=out, lse=lse, check_block_table=True)
     native.synchronize(job.device)
     elapsed = time.perf_counter() - started
     if job.on_gpu:
@@ -260,11 +249,13 @@ class _Job:
 
     seq_lens: list[int]
     num_heads: int
-    new_tokens: int
+    new_tokens: int | Sequence[int]
     block_size: int
     seed: int
     device: torch.device
     device_name: str
+    num_kv_heads: int = 1
+    padding_tokens: int = 0
 
     @staticmethod
     def of(arguments: argparse.Namespace) -> _Job:
@@ -303,6 +294,8 @@ class _Job:
             self.seed,
             self.device,
             self.device_name,
+            made.num_kv_heads,
+            made.total_tokens - sum(made.tokens),
         )
 
     def case(self) -> reference.Case:
@@ -313,6 +306,8 @@ class _Job:
             self.block_size,
             seed=self.seed,
             device=self.device,
+            h_kv=self.num_kv_heads,
+            padding_tokens=self.padding_tokens,
         )
 
     def timeline(self, case: reference.Case, made: Plan) -> timeline.Timeline:
@@ -355,7 +350,7 @@ def _quality(made: Plan) -> float | None:
     if pieces < 2:
         return None
     due = [0.0] * -(-pieces // MAX_REDUCTION_INPUTS)
-    return get_quality(due, pieces, made.new_tokens, int(made.seq_lens[longest]))
+    return get_quality(due, pieces, max(made.tokens[longest], 1), int(made.seq_lens[longest]))
 
 
 def _name(made: Plan) -> str:

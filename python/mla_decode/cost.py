@@ -64,26 +64,46 @@ def device_slug(device_name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
 
 
-def traffic_bytes(seq_lens: Sequence[int], num_heads: int, new_tokens: int) -> int:
-    """Bytes that must move at least: the cache, Q and O, each once, in bf16."""
-    rows = len(seq_lens) * new_tokens * num_heads
+def traffic_bytes(
+    seq_lens: Sequence[int],
+    num_heads: int,
+    new_tokens: int | Sequence[int],
+    num_kv_heads: int = 1,
+) -> int:
+    """Bytes that must move at least: the cache, Q and O, each once, in bf16 or fp16.
+
+    ``num_heads`` are those of all KV heads together; ``new_tokens`` those of every request,
+    or one number for each.
+    """
+    rows = sum(_tokens(new_tokens, len(seq_lens))) * num_heads
     width = LATENT_DIM + ROPE_DIM
-    return 2 * (width * sum(seq_lens) + rows * (width + LATENT_DIM))
+    return 2 * (width * num_kv_heads * sum(seq_lens) + rows * (width + LATENT_DIM))
 
 
-def work_flop(seq_lens: Sequence[int], num_heads: int, new_tokens: int) -> int:
+def work_flop(seq_lens: Sequence[int], num_heads: int, new_tokens: int | Sequence[int]) -> int:
     """Floating point operations of Q @ K and P @ V, the causal mask ignored."""
-    return 2 * new_tokens * num_heads * (2 * LATENT_DIM + ROPE_DIM) * sum(seq_lens)
+    tokens = _tokens(new_tokens, len(seq_lens))
+    scores = sum(length * count for length, count in zip(seq_lens, tokens, strict=True))
+    return 2 * num_heads * (2 * LATENT_DIM + ROPE_DIM) * scores
 
 
-def floor_us(seq_lens: Sequence[int], num_heads: int, new_tokens: int) -> float:
+def floor_us(
+    seq_lens: Sequence[int],
+    num_heads: int,
+    new_tokens: int | Sequence[int],
+    num_kv_heads: int = 1,
+) -> float:
     """Microseconds below which no kernel that reads the cache can come on an H200.
 
-    The larger of ``1.6 + bytes / 4.6e6`` and ``flop / 790e6``.
+    The larger of ``1.6 + bytes / 4.6e6`` and ``flop / 790e6``; sizes as in `traffic_bytes`.
     """
-    memory = FLOOR_LAUNCH_US + traffic_bytes(seq_lens, num_heads, new_tokens) / FLOOR_BYTES_PER_US
+    moved = traffic_bytes(seq_lens, num_heads, new_tokens, num_kv_heads)
     compute = work_flop(seq_lens, num_heads, new_tokens) / FLOOR_FLOP_PER_US
-    return max(memory, compute)
+    return max(FLOOR_LAUNCH_US + moved / FLOOR_BYTES_PER_US, compute)
+
+
+def _tokens(new_tokens: int | Sequence[int], batch: int) -> Sequence[int]:
+    return (new_tokens,) * batch if isinstance(new_tokens, int) else new_tokens
 
 
 def _find(device_name: str | None) -> Path | None:

@@ -2,48 +2,68 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import checks, interpreter, native, raw
-from .arguments import (
-    KernelArguments,
-    require_supported_block_size,
-    require_supported_query,
-)
-from .errors import DtypeError, RangeError, ShapeError, UnsupportedError
-from .lengths import SeqLens, host_seq_lens
+from . import calls, checks, interpreter, native, raw
+from .calls import DEFAULT_SOFTMAX_SCALE, Call, Inputs, Options, TensorOrPair
+from .device_plan import DevicePlan, PlannedWords
+from .errors import DeviceError, DtypeError, RangeError, ShapeError, UnsupportedError
+from .lengths import MAX_SEQ_LEN, SeqLens, host_seq_lens, tokens_from_offsets
 from .planning import Plan, PlanCache
 from .queue_check import check_words
-from .words import LATENT_DIM, ROPE_DIM
-from .workspace import Workspace, cached_workspace
+from .words import LATENT_DIM, MAX_HEADS, MAX_NEW_TOKENS
+from .workspace import Workspace, WorkspaceViews, cached_workspace, release_workspaces
 
-TensorOrPair: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+if TYPE_CHECKING:
+    from ._kernels import DecodeLayout
 
-DEFAULT_SOFTMAX_SCALE = float((LATENT_DIM + ROPE_DIM) ** -0.5)
+__all__ = ["DEFAULT_SOFTMAX_SCALE", "TensorOrPair", "decode", "interpret", "release_caches"]
+
+_ROPE_OFFSET = 2 * LATENT_DIM  # bytes from a row's 512 wide part to its 64 wide part
+
+_PLANS = (Plan, DevicePlan, PlannedWords)
+AnyPlan: TypeAlias = Plan | DevicePlan | PlannedWords
 
 _plans = PlanCache()
 
-# Layouts of queries, cache and block table that passed `_check_inputs`.
-_passed: dict[Hashable, None] = {}
+# Plans on the GPU that calls without a plan use, by stream and sizes. Never evicted: a captured
+# graph may still write there.
+_device_plans: dict[Hashable, DevicePlan] = {}
+
+# A workspace ready for a capture on a new stream, by device; and those that captures took, by
+# device and stream.
+_spares: dict[torch.device, Workspace] = {}
+_claimed: dict[tuple[torch.device, int], Workspace] = {}
+
+# Calls whose tensors passed the checks, by layouts and options.
+_calls: dict[Hashable, Call] = {}
 
 
 def decode(
     q: TensorOrPair,
     kv_cache: TensorOrPair,
-    block_table: torch.Tensor,
-    seq_lens: SeqLens,
-    plan: Plan | None = None,
+    block_table: torch.Tensor | None = None,
+    seq_lens: SeqLens | None = None,
+    plan: AnyPlan | None = None,
     softmax_scale: float | None = None,
     *,
     causal: bool = True,
+    cu_seqlens_q: torch.Tensor | None = None,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    lse_base: float = math.e,
+    lse_empty: float = math.inf,
+    lse_layout: str | None = None,
+    batch_invariant: bool = False,
     timings: torch.Tensor | None = None,
     workspace: Workspace | None = None,
     check_block_table: bool = False,
@@ -53,44 +73,74 @@ def decode(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MLA decode: the megakernel on CUDA tensors, the interpreter on CPU tensors.
 
-    Every query head attends to one latent KV head of width 576 = 512 + 64, whose first 512
-    columns are the values too (DeepSeek-V2/V3 after absorbing W_UK into q).
+    Every query head attends to a latent KV head of width 576 = 512 + 64, whose first 512
+    columns are the values too (DeepSeek-V2/V3 after absorbing W_UK into q). No gradients.
 
     Parameters
     ----------
     q : Tensor or (Tensor, Tensor)
-        ``[B, s_q, H, 576]`` bf16, or (q_nope ``[.., 512]``, q_pe ``[.., 64]``). ``s_q`` 1 to
-        4 new tokens per request; ``H`` 8, 16, 32, 64 or 128.
+        ``[B, s_q, H, 576]`` bf16 or fp16, or (q_nope ``[.., 512]``, q_pe ``[.., 64]``): the
+        same number ``s_q``, 1 to 16, of new tokens for every request. Or ``[T, H, 576]``: one
+        new token per request, or, with ``cu_seqlens_q``, 0 to 16 of each, one request behind
+        the other. 1 to 128 heads for each KV head. Copied if tokens and heads cannot be
+        counted through as one dimension.
     kv_cache : Tensor or (Tensor, Tensor)
-        ``[num_blocks, block_size, 576]`` or ``[num_blocks, block_size, 1, 576]`` bf16, or
-        (latent ``[.., 512]``, rope ``[.., 64]``). ``block_size`` 64, 128 or 256. Blocks may
-        have a stride of their own; only the last dimension must be contiguous.
-    block_table : Tensor
+        ``[num_blocks, block_size, 576]`` or ``[num_blocks, block_size, h_kv, 576]`` of q's
+        dtype, or (latent ``[.., 512]``, rope ``[.., 64]``). ``block_size`` 1 or more; those
+        that are multiples of 16 are fastest. Outer strides may be any multiples of 16 bytes.
+        With ``h_kv`` over 1, query head ``h`` belongs to KV head ``h // (H // h_kv)``, and q
+        and the outputs are copied.
+    block_table : Tensor, optional
         ``[B, max_blocks]`` int32. Entries past a request's last block are never read.
+        None with ``kv_indptr``.
     seq_lens : Tensor, ndarray or list of int
-        ``[B]`` KV length of every request, new tokens included, at least 1.
-    plan : Plan, optional
-        Made by `mla_decode.plan` for these lengths. When None one is made, and kept for the
-        next call with the same lengths; lengths on the GPU are then copied to the host, so
-        pass a plan to stay asynchronous or to capture a CUDA graph.
+        ``[B]`` KV length of every request, new tokens included; 0 for an empty request. May
+        be None with a ``plan``, which holds lengths of its own.
+    plan : Plan or DevicePlan, optional
+        Made by `mla_decode.plan` for these lengths, or a `mla_decode.DevicePlan` that was
+        updated with them. When None, lengths on the host are planned there, and the plan is
+        kept for the next call with the same ones; lengths on the GPU are planned on the GPU in
+        every call: nothing is copied to the host and nothing waits, so the call can be
+        captured in a CUDA graph and replayed with other lengths. A layer loop saves that by
+        sharing one `DevicePlan`.
     softmax_scale : float, optional
         Multiplies the scores. ``576 ** -0.5`` when None, as FlashMLA; absorbed DeepSeek-V3
         uses ``192 ** -0.5`` (times its YaRN factor), so engines pass it.
     causal : bool
-        Query token ``t`` sees the keys up to ``seq_len - s_q + t``. False only with
-        ``s_q`` 1, where it is the same.
+        Query token ``t`` sees the keys up to ``seq_len - s_q + t``; all keys when False.
+    cu_seqlens_q : Tensor, optional
+        ``[B + 1]`` int32, from 0: the new tokens of request ``r`` are rows
+        ``cu_seqlens_q[r]`` to ``cu_seqlens_q[r + 1] - 1`` of ``q [T, H, 576]``. Rows past
+        the last are padding; their outputs are those of an empty request.
+    kv_indptr, kv_indices : Tensor, optional
+        int32, instead of ``block_table``: the blocks of request ``r`` are
+        ``kv_indices[kv_indptr[r] : kv_indptr[r + 1]]``.
+    attn_sink : Tensor, optional
+        ``[H]`` fp32, natural log: the output of head ``h`` is multiplied by
+        ``exp(lse) / (exp(lse) + exp(attn_sink[h]))``. ``lse`` is left alone.
     out, lse : Tensor, optional
-        Where to write, of the shapes returned.
+        Where to write, of the shapes returned; ``out`` contiguous.
+    lse_base : float
+        Base of the logarithm in ``lse``: ``math.e`` or 2.
+    lse_empty : float
+        ``lse`` of a query token that sees no key: inf as FlashMLA, -inf for merging.
+    lse_layout : str, optional
+        ``"bhs"``: ``[B, H, s_q]``, the default for ``q [B, s_q, H, 576]``; ``"th"``:
+        ``[T, H]``, the default for ``q [T, H, 576]``.
+    batch_invariant : bool
+        For calls without a plan: plan every request by itself, so that its output bits do not
+        depend on the rest of the batch. A plan has this property or not by itself.
     timings : Tensor, optional
         ``[num_instructions, 8]`` int32, see `mla_decode.mla_decode`; selects the slower
         kernel that records them.
     workspace : Workspace, optional
-        Scratch of the caller's own; by default one per device and stream, kept.
+        Scratch of the caller's own; by default one per device and stream, kept. CUDA graphs
+        that may be replayed at the same time need different ones.
     check_block_table : bool
         Check the block ids inside each request's length (waits for the GPU).
     check_seq_lens : bool
         Check lengths on the GPU against the plan (waits for the GPU). Those on the CPU are
-        always checked.
+        always checked against a `Plan`.
     stream : torch.cuda.Stream or int, optional
         Where to enqueue; the current stream when None.
     spin_timeout_ns : int
@@ -99,54 +149,158 @@ def decode(
     Returns
     -------
     out : Tensor
-        ``[B, s_q, H, 512]`` bf16.
+        ``[B, s_q, H, 512]`` or ``[T, H, 512]``, of q's dtype. 0 for a query token that sees
+        no key (``seq_len < s_q``, or padding).
     lse : Tensor
-        ``[B, H, s_q]`` fp32, natural log of the sum of exponentials of the scaled scores;
-        +inf for a query token that sees no key (``seq_len < s_q``), whose output is 0.
+        ``[B, H, s_q]`` or ``[T, H]`` fp32, logarithm of the sum of exponentials of the scaled
+        scores.
 
     Raises
     ------
     ShapeError, DtypeError, DeviceError, StrideError, AlignmentError, RangeError
-        An argument is wrong; named with what was expected. Nothing was launched.
+        An argument is wrong; named with what was expected. Nothing was launched. A RangeError
+        may also be that of a length on the GPU in an *earlier* call.
     ScheduleError
         The plan was made for another batch.
     UnsupportedError
-        Sizes that the kernels do not support, or no GPU that can run them.
+        Sizes that the kernels do not support, an input that requires a gradient, or no GPU
+        that can run them.
     MegakernelTimeout
         An *earlier* launch on this device timed out; see `mla_decode.synchronize`.
     """
-    call = _prepare(q, kv_cache, block_table, seq_lens, plan, check_seq_lens)
-    if not causal and call.new_tokens > 1:
-        raise UnsupportedError(
-            f"causal: expected True with {call.new_tokens} new tokens; False only with 1"
+    if torch.compiler.is_compiling():
+        from . import ops
+
+        return ops.traced_decode(
+            q,
+            kv_cache,
+            block_table,
+            seq_lens,
+            plan,
+            softmax_scale,
+            causal=causal,
+            cu_seqlens_q=cu_seqlens_q,
+            kv_indptr=kv_indptr,
+            kv_indices=kv_indices,
+            attn_sink=attn_sink,
+            out=out,
+            lse=lse,
+            lse_base=lse_base,
+            lse_empty=lse_empty,
+            lse_layout=lse_layout,
+            batch_invariant=batch_invariant,
+            unsupported={
+                "timings": timings,
+                "workspace": workspace,
+                "stream": stream,
+                "check_block_table": check_block_table or None,
+                "check_seq_lens": check_seq_lens or None,
+            },
         )
-    if check_block_table:
-        require_block_table(block_table, call.plan.seq_lens, call.block_size, call.num_blocks)
-    device = call.q_v.device
+    layout = checks.layout
+    key = (
+        tuple(map(layout, q)) if isinstance(q, tuple) else layout(q),
+        tuple(map(layout, kv_cache)) if isinstance(kv_cache, tuple) else layout(kv_cache),
+        None if block_table is None else layout(block_table),
+        None if cu_seqlens_q is None else layout(cu_seqlens_q),
+        None if kv_indptr is None else layout(kv_indptr),
+        # Without its length, which changes from step to step and decides nothing.
+        None if kv_indices is None else _layout_without_size(kv_indices),
+        None if attn_sink is None else layout(attn_sink),
+        None if out is None else layout(out),
+        None if lse is None else layout(lse),
+        softmax_scale,
+        causal,
+        lse_base,
+        lse_empty,
+        lse_layout,
+    )
+    call = _calls.get(key)
+    inputs = None
+    if call is None:
+        inputs = Inputs(q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink)
+        scale = DEFAULT_SOFTMAX_SCALE if softmax_scale is None else softmax_scale
+        options = Options(scale, causal, lse_base, lse_empty, lse_layout)
+        call = calls.make_call(inputs, options)
+    if torch.is_grad_enabled():
+        _refuse_gradients(q, kv_cache)
+    device = call.device
     handle = 0
     if device.type == "cuda":
-        native.require(device)
-        handle = native.stream_handle(stream, device)
-    out, lse = _outputs(call, out, lse)
+        if call.index < 0:
+            call.index = native.require(device)
+        if stream is None:
+            handle = native.current_stream(call.index)
+        else:
+            handle = native.stream_handle(stream, device)
+        native.raise_pending_on(call.index)
+    elif stream is not None:
+        raise DeviceError("stream: expected None for CPU tensors")
+    if plan is None:
+        plan = _own_plan(call, seq_lens, cu_seqlens_q, batch_invariant, handle)
+    elif not isinstance(plan, _PLANS):
+        raise DtypeError(f"plan: expected a Plan or a DevicePlan, got {type(plan).__name__}")
+    elif seq_lens is not None:
+        _require_lengths(plan, seq_lens, call.batch, check_seq_lens)
+    if plan.fit_key not in call.fits:
+        _require_plan(call, plan)
+    if plan.max_seq_len > call.capacity:
+        plan.require_capacity(call.capacity, call.capacity_text)
+    if check_block_table:
+        _check_block_ids(call, plan, block_table, kv_indptr, kv_indices)
     if workspace is None:
-        workspace = cached_workspace(device, handle)
-    arguments = _arguments(call, workspace, block_table, softmax_scale, out, lse, timings)
-    num_ctas = 0
-    if device.type == "cuda":
-        num_ctas = min(call.plan.num_workers, native.num_sms(device))
-        stream = handle
-    raw.run_checked(arguments, stream, num_ctas, spin_timeout_ns)
-    return out, lse
+        views = _own_views(device, handle, plan.num_slots, plan.slot_rows)
+    else:
+        if workspace.device != device:
+            workspace.require_device(device)
+        views = workspace.views(plan.num_slots, plan.slot_rows)
+    kernel = call.layouts.get(plan.slot_rows)
+    if kernel is None or timings is not None:
+        inputs = inputs or Inputs(
+            q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink
+        )
+        out, lse = call.outputs(out, lse)
+        _run_checked(
+            call, inputs, plan, views, out, lse, timings, stream or handle, spin_timeout_ns
+        )
+        checks.remember(_calls, key, call)
+        return out, lse
+    return _launch(
+        call,
+        kernel,
+        q,
+        kv_cache,
+        block_table if kv_indices is None else kv_indices,
+        cu_seqlens_q,
+        kv_indptr,
+        attn_sink,
+        plan.queue(device),
+        plan.num_workers,
+        call.scratch_of(views),
+        out,
+        lse,
+        handle,
+        spin_timeout_ns,
+    )
 
 
 def interpret(
     q: TensorOrPair,
     kv_cache: TensorOrPair,
-    block_table: torch.Tensor,
-    seq_lens: SeqLens,
-    plan: Plan | None = None,
+    block_table: torch.Tensor | None = None,
+    seq_lens: SeqLens | None = None,
+    plan: AnyPlan | None = None,
     softmax_scale: float | None = None,
     *,
+    causal: bool = True,
+    cu_seqlens_q: torch.Tensor | None = None,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    lse_base: float = math.e,
+    lse_empty: float = math.inf,
+    lse_layout: str | None = None,
+    batch_invariant: bool = False,
     num_workers: int = 1,
     seed: int | None = None,
     timings: torch.Tensor | None = None,
@@ -167,16 +321,44 @@ def interpret(
     DeadlockError
         The queue can reach a state in which every worker waits for another.
     """
-    call = _prepare(q, kv_cache, block_table, seq_lens, plan, check_seq_lens=True)
+    inputs = Inputs(q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink)
+    scale = DEFAULT_SOFTMAX_SCALE if softmax_scale is None else softmax_scale
+    call = calls.make_call(inputs, Options(scale, causal, lse_base, lse_empty, lse_layout))
+    if call.device.type != "cpu":
+        raise DeviceError(f"q: expected device cpu, got {call.device}")
+    if plan is None:
+        plan = _own_plan(call, seq_lens, cu_seqlens_q, batch_invariant, 0)
+    elif not isinstance(plan, _PLANS):
+        raise DtypeError(f"plan: expected a Plan or a DevicePlan, got {type(plan).__name__}")
+    elif seq_lens is not None:
+        _require_lengths(plan, seq_lens, call.batch, check=True)
+    _require_plan(call, plan)
+    plan.require_capacity(call.capacity, call.capacity_text)
     if workspace is None:
-        workspace = call.plan.workspace("cpu")
+        workspace = Workspace("cpu", plan.num_slots, plan.slot_rows)
         workspace.poison()
-    out, lse = _outputs(call, None, None)
-    arguments = _arguments(call, workspace, block_table, softmax_scale, out, lse, timings)
-    arguments.check()
+    workspace.require_device(call.device)
+    views = workspace.views(plan.num_slots, plan.slot_rows)
+    out, lse = call.outputs(None, None)
+    if call.total_tokens == 0:
+        return out, lse
+    words = plan.to(call.device)
+    arguments = calls.kernel_arguments(call, inputs, words, views, out, lse, timings)
+    arguments.check(call.names)
     check_words(arguments.instructions.numpy(), arguments.limits())
     interpreter.run(arguments, num_workers=num_workers, seed=seed)
+    calls.write_back(call, arguments, out, lse)
     return out, lse
+
+
+def release_caches() -> None:
+    """Forget cached workspaces and plans.
+
+    No captured graph that used one may be replayed after.
+    """
+    release_workspaces()
+    for cache in (_device_plans, _spares, _claimed, _calls):
+        cache.clear()
 
 
 def require_block_table(
@@ -204,165 +386,268 @@ def require_block_table(
         )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call's tensors, split as the kernel takes them, and its plan."""
+def require_block_lists(
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    seq_lens: npt.NDArray[np.int32],
+    block_size: int,
+    num_blocks: int,
+) -> None:
+    """`require_block_table` for ``kv_indptr`` and ``kv_indices``.
 
-    q_v: torch.Tensor
-    q_rot: torch.Tensor
-    v: torch.Tensor
-    k_rot: torch.Tensor
-    plan: Plan
+    Raises
+    ------
+    RangeError
+        A request has fewer blocks than its length needs, or one lies outside the cache.
+    """
+    starts = kv_indptr.detach().cpu().numpy().astype(np.int64)
+    ids = kv_indices.detach().cpu().numpy()
+    needed = -(-seq_lens.astype(np.int64) // block_size)
+    for request, blocks in enumerate(needed.tolist()):
+        begin, end = starts[request : request + 2].tolist()
+        if not 0 <= begin <= end <= ids.size or end - begin < blocks:
+            raise RangeError(
+                f"kv_indptr: request {request}: expected at least {blocks} blocks within "
+                f"kv_indices, got [{begin}, {end}) of {ids.size}"
+            )
+        mine = ids[begin : begin + blocks]
+        bad = np.flatnonzero((mine < 0) | (mine >= num_blocks))
+        if bad.size:
+            raise RangeError(
+                f"kv_indices: request {request}, block {bad[0]}: expected 0 to {num_blocks - 1}, "
+                f"got {mine[bad[0]]}"
+            )
 
-    @property
-    def new_tokens(self) -> int:
-        return int(self.q_v.shape[1])
 
-    @property
-    def block_size(self) -> int:
-        return int(self.v.shape[1])
-
-    @property
-    def num_blocks(self) -> int:
-        return int(self.v.shape[0])
+def _layout_without_size(value: torch.Tensor) -> Hashable:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return value.dim(), value.stride(), value.dtype, value.device
 
 
-def _prepare(
+def _launch(
+    call: Call,
+    kernel: DecodeLayout,
     q: TensorOrPair,
     kv_cache: TensorOrPair,
-    block_table: torch.Tensor,
-    seq_lens: SeqLens,
-    plan: Plan | None,
-    check_seq_lens: bool,
-) -> _Call:
-    layouts = (_layouts(q), _layouts(kv_cache), checks.layout(block_table))
-    if layouts not in _passed:
-        _check_inputs(q, kv_cache, block_table)
-        checks.remember(_passed, layouts, None)
-    q_v, q_rot = _split(q)
-    v, k_rot = _split(_without_head(kv_cache))
-    batch, new_tokens, num_heads, _ = q_v.shape
-
-    if plan is not None and not isinstance(plan, Plan):
-        raise DtypeError(f"plan: expected a mla_decode.Plan, got {type(plan).__name__}")
-    on_gpu = isinstance(seq_lens, torch.Tensor) and seq_lens.is_cuda
-    if plan is None or not on_gpu or check_seq_lens:
-        lengths = host_seq_lens(seq_lens, None if plan is None else plan.seq_lens)
-        if lengths.size != batch:
-            raise ShapeError(f"seq_lens: expected shape [{batch}] as q, got [{lengths.size}]")
-        if plan is not None:
-            plan.require_seq_lens(lengths)
-    if plan is None:
-        plan = _plans.get(lengths, num_heads, new_tokens, None, q_v.device)
-    plan.require_fits(batch, new_tokens, num_heads)
-    plan.require_capacity(block_table.shape[1], v.shape[1])
-    return _Call(q_v, q_rot, v, k_rot, plan)
-
-
-def _layouts(value: TensorOrPair) -> Hashable:
-    return tuple(map(checks.layout, value)) if isinstance(value, tuple) else checks.layout(value)
-
-
-def _check_inputs(q: TensorOrPair, kv_cache: TensorOrPair, block_table: torch.Tensor) -> None:
-    """Check the tensors that the caller sees, by the names that the caller gave them."""
-    _check_widths("q", q, ["B", "s_q", "H"])
-    _check_cache_dims(kv_cache)
-    _check_widths("kv_cache", _without_head(kv_cache), ["num_blocks", "block_size"])
-    table = checks.require_tensor("block_table", block_table)
-    q_v, _ = _split(q)
-    v, _ = _split(_without_head(kv_cache))
-    batch, new_tokens, num_heads, _ = q_v.shape
-    require_supported_query(num_heads, new_tokens)
-    require_supported_block_size("kv_cache", int(v.shape[1]))
-    checks.require_dtype("q", q_v, torch.bfloat16)
-    checks.require_dtype("kv_cache", v, torch.bfloat16)
-    checks.require_dtype("block_table", table, torch.int32)
-    checks.require_device("kv_cache", v, q_v.device)
-    checks.require_device("block_table", table, q_v.device)
-    checks.require_shape("block_table", table, [batch, "max_blocks"])
-
-
-def _check_widths(name: str, value: TensorOrPair, leading: list[int | str]) -> None:
-    """Check a tensor 576 wide, or a pair of one 512 wide and one 64 wide."""
-    if not isinstance(value, tuple):
-        tensor = checks.require_tensor(name, value)
-        checks.require_shape(name, tensor, [*leading, LATENT_DIM + ROPE_DIM])
-        return
-    if len(value) != 2:
-        raise ShapeError(f"{name}: expected a tensor or a pair, got a tuple of {len(value)}")
-    wide = checks.require_tensor(f"{name}[0]", value[0])
-    narrow = checks.require_tensor(f"{name}[1]", value[1])
-    checks.require_shape(f"{name}[0]", wide, [*leading, LATENT_DIM])
-    checks.require_shape(f"{name}[1]", narrow, [*wide.shape[:-1], ROPE_DIM])
-
-
-def _check_cache_dims(kv_cache: TensorOrPair) -> None:
-    """Check that a fourth dimension of the cache is that of a single KV head."""
-    pair = isinstance(kv_cache, tuple)
-    for i, part in enumerate(kv_cache if isinstance(kv_cache, tuple) else (kv_cache,)):
-        name = f"kv_cache[{i}]" if pair else "kv_cache"
-        tensor = checks.require_tensor(name, part)
-        if tensor.dim() == 4:
-            checks.require_shape(name, tensor, ["num_blocks", "block_size", 1, tensor.shape[3]])
-
-
-def _split(value: TensorOrPair) -> tuple[torch.Tensor, torch.Tensor]:
-    """The 512 wide and the 64 wide part of a tensor or a pair."""
-    if isinstance(value, tuple):
-        return value
-    return value[..., :LATENT_DIM], value[..., LATENT_DIM:]
-
-
-def _without_head(kv_cache: TensorOrPair) -> TensorOrPair:
-    """The cache without the dimension of its single KV head."""
-
-    def squeeze(part: torch.Tensor) -> torch.Tensor:
-        return part.squeeze(2) if part.dim() == 4 else part
-
-    if isinstance(kv_cache, tuple):
-        return cast(TensorOrPair, tuple(map(squeeze, kv_cache)))
-    return squeeze(kv_cache)
-
-
-def _outputs(
-    call: _Call, out: torch.Tensor | None, lse: torch.Tensor | None
+    block_ids: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    kv_indptr: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    queue: tuple[int, int],
+    num_workers: int,
+    scratch: tuple[int, int, int, int],
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    handle: int,
+    spin_timeout_ns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, new_tokens, heads, _ = call.q_v.shape
-    device = call.q_v.device
+    """Enqueue a call of which everything was checked; this decides what an eager call costs."""
+    assert block_ids is not None, "checked by make_call"
+    if call.copies_q:
+        q = calls.dense(q)
+    if isinstance(q, tuple):
+        q_address, q_pe_address = q[0].data_ptr(), q[1].data_ptr()
+    else:
+        q_address = q.data_ptr()
+        q_pe_address = q_address + _ROPE_OFFSET
+    if isinstance(kv_cache, tuple):
+        latent_address, rope_address = kv_cache[0].data_ptr(), kv_cache[1].data_ptr()
+    else:
+        latent_address = kv_cache.data_ptr()
+        rope_address = latent_address + _ROPE_OFFSET
     if out is None:
-        out = torch.empty(call.q_v.shape, dtype=torch.bfloat16, device=device)
+        out = torch.empty(call.out_shape, dtype=call.dtype, device=call.device)
     if lse is None:
-        lse = torch.empty((batch, heads, new_tokens), dtype=torch.float32, device=device)
-    checks.require_shape("out", checks.require_tensor("out", out), list(call.q_v.shape))
+        lse = torch.empty(call.lse_shape, dtype=torch.float32, device=call.device)
+    kernel.launch(
+        queue[0],
+        queue[1],
+        0,
+        scratch[0],
+        q_address,
+        q_pe_address,
+        latent_address,
+        rope_address,
+        block_ids.data_ptr(),
+        0 if kv_indptr is None else kv_indptr.data_ptr(),
+        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        0 if attn_sink is None else attn_sink.data_ptr(),
+        scratch[1],
+        scratch[2],
+        scratch[3],
+        0,
+        min(num_workers, call.num_sms),
+        spin_timeout_ns,
+        handle,
+    )
     return out, lse
 
 
-def _arguments(
-    call: _Call,
-    workspace: Workspace,
-    block_table: torch.Tensor,
-    softmax_scale: float | None,
+def _run_checked(
+    call: Call,
+    inputs: Inputs,
+    plan: AnyPlan,
+    views: WorkspaceViews,
     out: torch.Tensor,
     lse: torch.Tensor,
     timings: torch.Tensor | None,
-) -> KernelArguments:
-    workspace.require_device(call.q_v.device)
-    plan = call.plan
-    views = workspace.views(plan.num_slots, plan.new_tokens, plan.num_heads)
-    return KernelArguments(
-        instructions=plan.to(call.q_v.device),
-        timings=timings,
-        global_instruction_index=views.queue_state,
-        q_rot=call.q_rot,
-        q_v=call.q_v,
-        k_rot=call.k_rot,
-        v=call.v,
-        table=block_table,
-        o=out,
-        o_scratch=views.o_scratch,
-        lvec_scratch=views.lvec_scratch,
-        completion_flag=views.completion_flag,
-        softmax_scale=DEFAULT_SOFTMAX_SCALE if softmax_scale is None else softmax_scale,
-        tic=0,
-        lse=lse,
+    stream: torch.cuda.Stream | int,
+    spin_timeout_ns: int,
+) -> None:
+    """Check everything, then launch or interpret; the next launch of its kind is `_launch`."""
+    if call.total_tokens == 0:
+        return
+    words = plan.to(call.device)
+    arguments = calls.kernel_arguments(call, inputs, words, views, out, lse, timings)
+    on_gpu = call.device.type == "cuda"
+    arguments.check(call.names)
+    raw.run_checked(
+        arguments,
+        stream if on_gpu else None,
+        min(plan.num_workers, native.num_sms(call.device)) if on_gpu else 0,
+        spin_timeout_ns,
+        check_queue=not on_gpu,  # a plan's words were proved when it was made
     )
+    if on_gpu:
+        _make_spare(call.device)
+    if on_gpu and call.num_kv_heads == 1:
+        call.num_sms = native.num_sms(call.device)
+        call.layouts[plan.slot_rows] = native.layout_of(arguments, call.index)
+    calls.write_back(call, arguments, out, lse)
+
+
+def _own_views(device: torch.device, stream: int, num_slots: int, slot_rows: int) -> WorkspaceViews:
+    """Scratch of a call that brings none: the stream's, or under capture the spare one."""
+    try:
+        return cached_workspace(device, stream).views(num_slots, slot_rows)
+    except UnsupportedError:
+        # A CUDA graph is captured on a stream that was not used before, and cannot allocate.
+        key = (device, stream)
+        if key not in _claimed:
+            if device not in _spares:
+                raise
+            _claimed[key] = _spares.pop(device)
+        return _claimed[key].views(num_slots, slot_rows)
+
+
+def _make_spare(device: torch.device) -> None:
+    """Keep a workspace ready for the next stream that a CUDA graph is captured on."""
+    if device not in _spares and not torch.cuda.is_current_stream_capturing():
+        slots = 2 * native.num_sms(device) + MAX_HEADS  # what a DevicePlan can need, and more
+        _spares[device] = Workspace(device, slots)
+
+
+def _own_plan(
+    call: Call,
+    seq_lens: SeqLens | None,
+    cu_seqlens_q: torch.Tensor | None,
+    batch_invariant: bool,
+    handle: int,
+) -> Plan | DevicePlan:
+    """The plan of a call that brings none: on the GPU for lengths there, else on the host."""
+    if seq_lens is None:
+        raise DtypeError("seq_lens: expected lengths, or a plan that holds them, got None")
+    on_gpu = call.device.type == "cuda"
+    if on_gpu and isinstance(seq_lens, torch.Tensor) and seq_lens.is_cuda:
+        return _planned_on_gpu(call, seq_lens, cu_seqlens_q, batch_invariant, handle)
+    lengths = host_seq_lens(seq_lens)
+    if lengths.size != call.batch:
+        raise ShapeError(f"seq_lens: expected shape [{call.batch}] as q, got [{lengths.size}]")
+    if on_gpu and cu_seqlens_q is not None:
+        # The offsets are on the GPU, so the lengths go there too.
+        on_device = torch.from_numpy(lengths).to(call.device)
+        return _planned_on_gpu(call, on_device, cu_seqlens_q, batch_invariant, handle)
+    return _plans.get(
+        lengths,
+        call.num_heads,
+        call.s_q if cu_seqlens_q is None else tokens_from_offsets(cu_seqlens_q, call.batch),
+        None,
+        call.device,
+        num_kv_heads=call.num_kv_heads,
+        total_tokens=call.total_tokens,
+        batch_invariant=batch_invariant,
+    )
+
+
+def _planned_on_gpu(
+    call: Call,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    batch_invariant: bool,
+    handle: int,
+) -> DevicePlan:
+    """The plan on this stream for calls of these sizes, updated."""
+    if seq_lens.dtype is torch.int64:
+        seq_lens = seq_lens.clamp(-1, (1 << 31) - 1).to(torch.int32)
+    limit = min(call.capacity, MAX_SEQ_LEN)
+    room = limit
+    if not batch_invariant and limit:
+        # Tables of nearly the same width share buffers, sized for the next power of two.
+        room = min(1 << (limit - 1).bit_length(), MAX_SEQ_LEN)
+    most_tokens = call.s_q or MAX_NEW_TOKENS
+    token_room = max(call.batch * most_tokens, call.total_tokens)
+    heads = (call.num_heads, call.num_kv_heads)
+    sizes = (call.batch, *heads, call.s_q, token_room, room, batch_invariant)
+    key = (call.device, handle, sizes)
+    plan = _device_plans.get(key)
+    if plan is None:
+        plan = _device_plans[key] = DevicePlan(
+            call.batch,
+            call.num_heads,
+            most_tokens,
+            num_kv_heads=call.num_kv_heads,
+            total_tokens=token_room,
+            max_seq_len=room,
+            ragged=cu_seqlens_q is not None,
+            batch_invariant=batch_invariant,
+            device=call.device,
+        )
+    plan.rebind(call.total_tokens, limit)
+    return plan.update(seq_lens, cu_seqlens_q, handle)
+
+
+def _require_lengths(plan: AnyPlan, seq_lens: SeqLens, batch: int, check: bool) -> None:
+    """Check lengths on the host against the plan's, and those on the GPU if asked to."""
+    on_gpu = isinstance(seq_lens, torch.Tensor) and seq_lens.is_cuda
+    if not check and (on_gpu or not isinstance(plan, Plan)):
+        return
+    known = plan.seq_lens if isinstance(plan, Plan) else None
+    if isinstance(plan, Plan) and type(seq_lens) is list and plan.holds(seq_lens):
+        return
+    lengths = host_seq_lens(seq_lens, known)
+    if lengths.size != batch:
+        raise ShapeError(f"seq_lens: expected shape [{batch}] as q, got [{lengths.size}]")
+    plan.require_seq_lens(lengths)
+
+
+def _require_plan(call: Call, plan: AnyPlan) -> None:
+    """Check that the plan was made for a call of these sizes; remembered for the next call."""
+    plan.require_fits(*call.fit_key)
+    call.fits.add(plan.fit_key)
+
+
+def _check_block_ids(
+    call: Call,
+    plan: AnyPlan,
+    block_table: torch.Tensor | None,
+    kv_indptr: torch.Tensor | None,
+    kv_indices: torch.Tensor | None,
+) -> None:
+    lengths = (plan if isinstance(plan, Plan) else plan.to_host()).seq_lens
+    if block_table is not None:
+        require_block_table(block_table, lengths, call.block_size, call.num_blocks)
+    elif kv_indptr is not None and kv_indices is not None:
+        require_block_lists(kv_indptr, kv_indices, lengths, call.block_size, call.num_blocks)
+
+
+def _refuse_gradients(q: TensorOrPair, kv_cache: TensorOrPair) -> None:
+    for name, value in (("q", q), ("kv_cache", kv_cache)):
+        for part in value if isinstance(value, tuple) else (value,):
+            if part.requires_grad:
+                raise UnsupportedError(
+                    f"{name}: expected a tensor that requires no gradient: decode has none; call "
+                    "it under torch.no_grad() or torch.inference_mode(), or detach"
+                )

@@ -16,14 +16,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import checks, numerics
 from .arguments import KernelArguments
 from .errors import DeadlockError, DeviceError
-from .words import Instruction, Noop, Partial, Reduction, decode_queue
+from .words import Fill, Instruction, Partial, Reduction, decode_queue
 
-# Words of ``global_instruction_index``, as megakernel/args.h lays them out.
+# Words of the queue state, as megakernel/args.h lays them out.
 STATE_NEXT_TICKET = 0
 STATE_EPOCH = 1
 STATE_FAILED_EPOCH = 3
@@ -121,7 +123,7 @@ class _Interpreter:
     def __init__(self, arguments: KernelArguments, num_workers: int, seed: int | None) -> None:
         self.arguments = arguments
         self.queue: list[Instruction] = decode_queue(arguments.instructions.numpy())
-        self.state = arguments.global_instruction_index
+        self.state = arguments.queue_state
         self.epoch = _int32(int(self.state[STATE_EPOCH]) + arguments.tic + 1)
         self.workers = [_Worker(number) for number in range(num_workers)]
         self.random = None if seed is None else random.Random(seed)
@@ -182,7 +184,7 @@ class _Interpreter:
             return False
         if action is _Action.PUBLISH:
             return worker.executed_at is not None
-        return worker.executed_at is None and not self._missing(worker.held[0])
+        return worker.executed_at is None and not self._missing(worker.held[0]).size
 
     def _act(self, worker: _Worker, action: _Action) -> None:
         if action is _Action.TAKE:
@@ -214,6 +216,8 @@ class _Interpreter:
             numerics.run_partial(self.arguments, instruction, self.kv_rows)
         elif isinstance(instruction, Reduction):
             numerics.run_reduction(self.arguments, instruction)
+        elif isinstance(instruction, Fill):
+            numerics.run_fill(self.arguments, instruction)
         end = _now()
         self._record(index, {2: begin, 3: begin, 4: begin, 5: end, 6: end})
         worker.executed_at = self.clock
@@ -222,31 +226,20 @@ class _Interpreter:
         index = worker.held.popleft()
         executed, worker.executed_at = worker.executed_at, None
         assert executed is not None
-        slot, tokens = self._written(self.queue[index])
+        slot = self.queue[index].slot
         if slot is not None:
-            self.flags[slot, tokens.start : tokens.stop] = self.epoch
+            self.flags[slot] = self.epoch
         self._record(index, {7: _now()})
         self.steps.append(Step(index, worker.number, executed, self.clock))
 
-    # What instructions write and wait for.
+    # What instructions wait for.
 
-    def _written(self, instruction: Instruction) -> tuple[int | None, range]:
-        if isinstance(instruction, Noop):
-            return None, range(0)
-        if isinstance(instruction, Reduction):
-            return instruction.slot, range(instruction.dst_seq, instruction.dst_seq + 1)
-        heads, tokens = self.arguments.num_heads, self.arguments.new_tokens
-        return instruction.slot, instruction.tokens(tokens, heads)
-
-    def _missing(self, index: int) -> list[tuple[int, int]]:
-        """Flags (slot, token) that an instruction still waits for."""
+    def _missing(self, index: int) -> npt.NDArray[np.intp]:
+        """Positions of the inputs whose flags an instruction still waits for."""
         instruction = self.queue[index]
         if not isinstance(instruction, Reduction):
-            return []
-        token = instruction.dst_seq
-        seen = self.flags[list(instruction.inputs), token].tolist()
-        pairs = zip(instruction.inputs, seen, strict=True)
-        return [(slot, token) for slot, flag in pairs if flag != self.epoch]
+            return np.empty(0, np.intp)
+        return np.flatnonzero(self.flags[numerics.input_slots(instruction)] != self.epoch)
 
     def _explain(self) -> tuple[str, ...]:
         lines = []
@@ -254,20 +247,20 @@ class _Interpreter:
             if not worker.held:
                 continue
             index = worker.held[0]
-            slot, token = self._missing(index)[0]
-            seen = int(self.flags[slot, token])
+            reduction = self.queue[index]
+            assert isinstance(reduction, Reduction), "nothing else waits"
+            slot = reduction.inputs[self._missing(index)[0]]
             lines.append(
-                f"worker {worker.number}: instruction {index} (uid {self.queue[index].uid}, "
-                f"reduction) waits for flag [slot {slot}, token {token}] == {self.epoch}, sees "
-                f"{seen}: {self._explain_writer(slot, token)}"
+                f"worker {worker.number}: instruction {index} (uid {reduction.uid}, reduction) "
+                f"waits for flag [slot {slot}] == {self.epoch}, sees {self.flags[slot]}: "
+                f"{self._explain_writer(slot)}"
             )
         return tuple(lines)
 
-    def _explain_writer(self, slot: int, token: int) -> str:
+    def _explain_writer(self, slot: int) -> str:
         holders = {index: worker for worker in self.workers for index in worker.held}
         for index, instruction in enumerate(self.queue):
-            written, tokens = self._written(instruction)
-            if written != slot or token not in tokens:
+            if instruction.slot != slot:
                 continue
             uid = instruction.uid
             if index not in holders:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .decoding import decode
+from .calls import TensorOrPair
+from .decoding import AnyPlan, decode
 from .native import synchronize
 from .planning import Plan
 from .reference import Case
@@ -47,6 +49,35 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+def decode_case(
+    case: Case,
+    plan: AnyPlan | None = None,
+    *,
+    kv_cache: TensorOrPair | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mla_decode.decode` of a case, or of ``kv_cache`` in the place of the case's cache."""
+    csr = case.kv_indptr is not None
+    return decode(
+        case.q,
+        case.kv_cache if kv_cache is None else kv_cache,
+        None if csr else case.block_table,
+        case.seq_lens,
+        plan,
+        case.softmax_scale,
+        **{
+            "causal": case.causal,
+            "cu_seqlens_q": case.cu_seqlens_q,
+            "kv_indptr": case.kv_indptr,
+            "kv_indices": case.block_table if csr else None,
+            "attn_sink": case.attn_sink,
+            "lse_base": case.lse_base,
+            "lse_empty": case.lse_empty,
+            **options,
+        },
+    )
+
+
 def decode_us(case: Case, plan: Plan, replays: int = REPLAYS) -> float:
     """Microseconds per decode call, its cache read from memory and not from L2."""
     properties = torch.cuda.get_device_properties(case.q.device)
@@ -56,17 +87,8 @@ def decode_us(case: Case, plan: Plan, replays: int = REPLAYS) -> float:
     copies = min(max(copies, 2), _MAX_COPIES)
     out, lse = case.poisoned_outputs()
 
-    def call_on(cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> Callable[[], object]:
-        return lambda: decode(
-            case.q,
-            cache,
-            case.block_table,
-            case.seq_lens,
-            plan=plan,
-            softmax_scale=case.softmax_scale,
-            out=out,
-            lse=lse,
-        )
+    def call_on(cache: TensorOrPair) -> Callable[[], object]:
+        return lambda: decode_case(case, plan, kv_cache=cache, out=out, lse=lse)
 
     caches = [case.kv_cache] + [_copy(case.kv_cache) for _ in range(copies - 1)]
     return replay_us([call_on(cache) for cache in caches], replays)
@@ -78,22 +100,12 @@ def timing_records(case: Case, plan: Plan) -> torch.Tensor:
         plan.num_instructions, TIMING_WORDS, dtype=torch.int32, device=case.q.device
     )
     for _ in range(3 if case.q.is_cuda else 1):
-        decode(
-            case.q,
-            case.kv_cache,
-            case.block_table,
-            case.seq_lens,
-            plan=plan,
-            softmax_scale=case.softmax_scale,
-            timings=timings,
-        )
+        decode_case(case, plan, timings=timings)
     synchronize(case.q.device)
     return timings
 
 
-def _copy(
-    cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _copy(cache: TensorOrPair) -> TensorOrPair:
     return (
         cache.clone() if isinstance(cache, torch.Tensor) else (cache[0].clone(), cache[1].clone())
     )

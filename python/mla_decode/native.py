@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .arguments import Geometry, KernelArguments
+from . import checks
+from .arguments import KernelArguments
 from .errors import DeviceError, MegakernelTimeout, RangeError, UnsupportedError
 
 _import_error = ""
@@ -17,9 +18,13 @@ try:
 except ImportError as error:
     _import_error = str(error)
 
+if TYPE_CHECKING:
+    from ._kernels import DecodeLayout
+
 REQUIRED_CAPABILITY = (9, 0)  # Hopper: wgmma exists nowhere else
 
 _able: dict[torch.device, int] = {}  # index of each device that was found to be able
+_layouts: dict[Hashable, DecodeLayout] = {}
 
 
 def is_built() -> bool:
@@ -76,40 +81,158 @@ def _num_sms(index: int) -> int:
 
 def launch(
     arguments: KernelArguments,
-    geometries: Sequence[Geometry | None],
     stream: int,
     num_ctas: int,
     spin_timeout_ns: int,
     device: int,
+    num_instructions: int | None = None,
 ) -> None:
-    """Enqueue one kernel. ``geometries`` are what the arguments' check returned."""
-    references = [
-        None if tensor is None or geometry is None else (tensor.data_ptr(), *geometry)
-        for tensor, geometry in zip(arguments.tensors(), geometries, strict=True)
-    ]
-    lse = references.pop()
-    numbers = (float(arguments.softmax_scale), arguments.tic)
-    launched_on = (stream, num_ctas, spin_timeout_ns, device)
-    values: Any = (*references, *numbers, lse, *launched_on)
-    _kernels.mla_decode(*values)
+    """Enqueue one kernel on the GPU ``device``. The arguments were checked.
+
+    ``num_instructions`` are those to run, where the tensor holds more.
+    """
+    words = arguments.instructions
+    layout_of(arguments, device).launch(
+        words.data_ptr(),
+        int(words.shape[0]) if num_instructions is None else num_instructions,
+        address(arguments.timings),
+        arguments.queue_state.data_ptr(),
+        arguments.q_nope.data_ptr(),
+        arguments.q_pe.data_ptr(),
+        arguments.latent.data_ptr(),
+        arguments.rope.data_ptr(),
+        arguments.block_ids.data_ptr(),
+        address(arguments.kv_indptr),
+        address(arguments.cu_seqlens_q),
+        arguments.out.data_ptr(),
+        address(arguments.lse),
+        address(arguments.attn_sink),
+        arguments.o_scratch.data_ptr(),
+        arguments.lvec_scratch.data_ptr(),
+        arguments.completion_flag.data_ptr(),
+        arguments.tic,
+        num_ctas,
+        spin_timeout_ns,
+        stream,
+    )
+
+
+def layout_of(arguments: KernelArguments, device: int) -> DecodeLayout:
+    """Sizes, strides and constants of a launch as the extension keeps them; made once."""
+    blocks, block_size, num_kv_heads, _ = arguments.latent.shape
+    table, lse = arguments.block_ids, arguments.lse
+    options = {
+        "fp16": arguments.q_nope.dtype == torch.float16,
+        "num_heads": int(arguments.q_nope.shape[1]),
+        "h_kv": int(num_kv_heads),
+        "num_requests": _num_requests(arguments),
+        "s_q": int(arguments.s_q),
+        "total_tokens": int(arguments.q_nope.shape[0]) // int(num_kv_heads),
+        "q_nope_row_stride": row_stride(arguments.q_nope),
+        "q_pe_row_stride": row_stride(arguments.q_pe),
+        "num_blocks": int(blocks),
+        "block_size": int(block_size),
+        "latent_strides": tuple(dense_strides(arguments.latent)[:3]),
+        "rope_strides": tuple(dense_strides(arguments.rope)[:3]),
+        "table_stride": int(dense_strides(table)[0]) if table.dim() == 2 else 0,
+        "lse_strides": (0, 0, 0) if lse is None else (0, *lse.stride())[-3:],
+        "slot_rows": int(arguments.o_scratch.shape[1]),
+        "softmax_scale": float(arguments.softmax_scale),
+        "causal": bool(arguments.causal),
+        "lse_base2": arguments.lse_base == 2,
+        "lse_empty": float(arguments.lse_empty),
+        "device": device,
+    }
+    key = tuple(options.values())
+    layout = _layouts.get(key)
+    if layout is None:
+        values: Any = options
+        layout = checks.remember(_layouts, key, _kernels.DecodeLayout(**values))
+    return layout
+
+
+def _num_requests(arguments: KernelArguments) -> int:
+    if arguments.kv_indptr is not None:
+        return int(arguments.kv_indptr.shape[0]) - 1
+    return int(arguments.block_ids.shape[0])
+
+
+def address(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's data; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dense_strides(tensor: torch.Tensor) -> list[int]:
+    """Strides in elements, those that mean nothing replaced by those of a dense tensor.
+
+    The stride of a dimension of size 1 may be anything; the TMA still checks it.
+    """
+    strides = list(tensor.stride())
+    dense = 1
+    for dim in reversed(range(tensor.dim())):
+        if tensor.shape[dim] == 1:
+            strides[dim] = dense
+        dense = max(dense, strides[dim] * tensor.shape[dim])
+    return strides
+
+
+def row_stride(tensor: torch.Tensor) -> int:
+    """Elements from one row of ``[tokens, heads, width]`` to the next, which are mergeable."""
+    tokens, heads, width = tensor.shape
+    if heads > 1:
+        return tensor.stride(1)
+    return tensor.stride(0) if tokens > 1 else int(width)
+
+
+def enqueue_plan(*arguments: Any) -> None:
+    """Enqueue the planning kernel; arguments as `_kernels.plan`."""
+    _kernels.plan(*arguments)
+
+
+def current_stream(index: int) -> int:
+    """``cudaStream_t`` of the current stream of a GPU, as an integer."""
+    return _current_raw_stream(index)
+
+
+def _public_raw_stream(index: int) -> int:
+    return int(torch.cuda.current_stream(index).cuda_stream)
+
+
+# A tenth of the time of the public way, which makes an object of the stream first.
+_current_raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", _public_raw_stream
+)
 
 
 def raise_pending(device: torch.device) -> None:
-    """Raise the timeout that an earlier launch on ``device`` recorded, if any."""
-    if _import_error or device.type != "cuda":
+    """Raise what an earlier launch on ``device`` recorded, if anything."""
+    if not _import_error and device.type == "cuda":
+        raise_pending_on(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def raise_pending_on(index: int) -> None:
+    """`raise_pending` for the GPU of that index; the extension is there."""
+    record = _kernels.take_error(index)
+    if record is None:
         return
-    record = _kernels.take_error(
-        torch.cuda.current_device() if device.index is None else device.index
+    if record.get("kind") == "length":
+        raise bad_length(int(record["request"]), int(record["expected"]), int(record["seen"]))
+    raise MegakernelTimeout(dict(record))
+
+
+def bad_length(request: int, limit: int, length: int) -> RangeError:
+    """The error of a length that was clamped to what the plan allows."""
+    return RangeError(
+        f"seq_lens: request {request}: expected 0 to {limit}, got {length}; planned as "
+        f"{min(max(length, 0), limit)}"
     )
-    if record is not None:
-        raise MegakernelTimeout(dict(record))
 
 
 def synchronize(device: torch.device | str | int | None = None) -> None:
     """Wait for all work on ``device`` and raise what the megakernel reported.
 
-    Launches are asynchronous, so a wait that expired inside the kernel surfaces here,
-    or at the next launch on that device, whichever comes first.
+    Launches are asynchronous, so a wait that expired inside the kernel, or a length that the
+    planner had to clamp, surfaces here or at the next launch on that device, whichever comes first.
 
     Parameters
     ----------
@@ -120,6 +243,9 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
     ------
     MegakernelTimeout
         A bounded wait expired; names SM, role, instruction and flag.
+    RangeError
+        A length on the GPU was negative or beyond its plan's limit; it was planned as the
+        nearest one that is allowed.
     """
     if device is None:
         if not torch.cuda.is_available():
@@ -135,7 +261,8 @@ def synchronize(device: torch.device | str | int | None = None) -> None:
 def stream_handle(stream: torch.cuda.Stream | int | None, device: torch.device) -> int:
     """``cudaStream_t`` as an integer; the current stream when None."""
     if stream is None:
-        return int(torch.cuda.current_stream(device).cuda_stream)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return current_stream(index)
     if isinstance(stream, int) and not isinstance(stream, bool):
         if stream < 0:
             raise RangeError(f"stream: expected a cudaStream_t, got {stream}")

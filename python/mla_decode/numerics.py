@@ -1,8 +1,8 @@
 """What an instruction computes, on CPU tensors, rounded where the kernel rounds.
 
-Scores are fp32 sums of bf16 products; the softmax is base 2; P is rounded to bf16 before
-P @ V; everything is accumulated in fp32; partials are stored normalised, with the base-2
-log-sum-exp of the scaled scores (-inf where no key is visible).
+Scores are fp32 sums of bf16 or fp16 products; the softmax is base 2; P is rounded to the cache's
+dtype before P @ V; everything is accumulated in fp32; partials are stored normalised, with the
+base-2 log-sum-exp of the scaled scores (-inf where no key is visible).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 
 from .arguments import KernelArguments
 from .errors import RangeError
-from .words import Partial, Reduction
+from .words import MAX_ROWS, Fill, Partial, Reduction
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+
+_INPUTS_AT_ONCE = 64  # of a reduction: 8 MB of partials
 
 
 class KvCache:
@@ -27,93 +29,150 @@ class KvCache:
         self._key: tuple[int, int, int] | None = None
         self._rows = (torch.empty(0), torch.empty(0))
 
-    def rows(self, request: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def rows(self, sequence: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Rope and latent part ``[end - start, 64]`` and ``[end - start, 512]`` fp32.
 
         Only blocks that hold a position of ``[start, end)`` are looked up, and no row
         outside of it is ever read.
         """
-        key = (request, start, end)
+        key = (sequence, start, end)
         if key != self._key:
-            self._rows = self._gather(request, start, end)
+            self._rows = self._gather(sequence, start, end)
             self._key = key
         return self._rows
 
-    def _gather(self, request: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _gather(self, sequence: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         a, size = self._arguments, self._arguments.block_size
+        kv_head, request = divmod(sequence, a.num_requests)
         first = start // size
-        blocks = a.table[request, first : (end - 1) // size + 1].long()
+        blocks = a.blocks_of(request)[first : (end - 1) // size + 1].long()
         outside = (blocks < 0) | (blocks >= a.num_blocks)
         if bool(outside.any()):
             where = int(outside.nonzero()[0])
             raise RangeError(
-                f"table: request {request}, block {first + where}: expected 0 to "
+                f"block_ids: request {request}, block {first + where}: expected 0 to "
                 f"{a.num_blocks - 1}, got {int(blocks[where])}"
             )
         offset = start - first * size
         rows = torch.arange(offset, offset + end - start)
         ids, inside = blocks[rows // size], rows % size
-        return a.k_rot[ids, inside].float(), a.v[ids, inside].float()
+        return a.rope[ids, inside, kv_head].float(), a.latent[ids, inside, kv_head].float()
 
 
 def run_partial(arguments: KernelArguments, partial: Partial, kv: KvCache) -> None:
-    """Attention of some rows over some keys, into the output or a scratch slot."""
+    """Attention of a row group over some keys, into the output or a scratch slot."""
     a = arguments
-    begin, end = partial.flat_rows(a.new_tokens, a.num_heads)
-    rows = torch.arange(begin, end)
+    first_token, num_tokens = a.tokens_of(partial.q_batch)
+    own = partial.rows(a.num_heads, num_tokens * a.num_heads)
+    rows = torch.arange(own.start, own.stop)
     tokens, heads = rows // a.num_heads, rows % a.num_heads
-    q_rot = a.q_rot[partial.q_batch, tokens, heads].float()
-    q_v = a.q_v[partial.q_batch, tokens, heads].float()
-    k_rot, v = kv.rows(partial.q_batch, partial.start, partial.end)
+    q_nope = a.q_nope[first_token + tokens, heads].float()
+    q_pe = a.q_pe[first_token + tokens, heads].float()
+    rope, latent = kv.rows(partial.q_batch, partial.start, partial.end)
 
-    scores = q_v @ v.T
-    scores.addmm_(q_rot, k_rot.T).mul_(float(a.softmax_scale) * LOG2_E)
-    last_visible = partial.length - a.new_tokens + tokens
-    if partial.end - 1 > int(last_visible.min()):
+    scores = q_nope @ latent.T
+    scores.addmm_(q_pe, rope.T).mul_(float(a.softmax_scale) * LOG2_E)
+    last_visible = partial.length - num_tokens + tokens
+    if a.causal and partial.end - 1 > int(last_visible.min()):
         positions = torch.arange(partial.start, partial.end)
         scores.masked_fill_(positions[None, :] > last_visible[:, None], -math.inf)
     top = scores.amax(1, keepdim=True)
     scores.sub_(torch.where(top == -math.inf, 0.0, top)).exp2_()
     total = scores.sum(1, keepdim=True)
-    out = scores.bfloat16().float() @ v
+    out = scores.to(a.dtype).float() @ latent
     blind = total == 0  # sees no key; a NaN is not blind and goes on into the output
     out = torch.where(blind, 0.0, out / total)
     lse_log2 = torch.where(blind, -math.inf, top + total.log2())[:, 0]
 
     if partial.slot is None:
-        a.o[partial.dst_batch, tokens, heads] = out.bfloat16()
-        if a.lse is not None:
-            a.lse[partial.dst_batch, heads, tokens] = _natural(lse_log2)
+        _store(a, partial.dst_batch, own, slice(None), out, lse_log2)
     else:
-        a.o_scratch[partial.slot, tokens, heads] = out
-        a.lvec_scratch[partial.slot, tokens, heads] = lse_log2
+        in_slot = _rows_in_slot(own)
+        a.o_scratch[partial.slot, in_slot] = out
+        a.lvec_scratch[partial.slot, in_slot] = lse_log2
 
 
 def run_reduction(arguments: KernelArguments, reduction: Reduction) -> None:
     """Merge of scratch slots, weighted by their log-sum-exps."""
     a = arguments
-    token, inputs = reduction.dst_seq, list(reduction.inputs)
-    heads = slice(*reduction.heads(a.num_heads))
-    columns = slice(*reduction.columns())
-    lse_log2 = a.lvec_scratch[inputs, token, heads]
+    own, own_columns = reduction.rows(a.num_heads), reduction.columns()
+    in_slot, columns = _rows_in_slot(own), slice(own_columns.start, own_columns.stop)
+    inputs = input_slots(reduction)
+    lse_log2 = a.lvec_scratch[inputs, in_slot]  # [inputs, rows]
     top = lse_log2.amax(0)
     top = torch.where(top == -math.inf, 0.0, top)
     weight = (lse_log2 - top).exp2()
     total = weight.sum(0)
-    partials = a.o_scratch[inputs, token, heads, columns]
+    partials = a.o_scratch[inputs, in_slot, columns]  # [inputs, rows, columns]
+    out = torch.zeros(len(own), len(own_columns))
+    for some in range(0, len(weight), _INPUTS_AT_ONCE):
+        few = slice(some, some + _INPUTS_AT_ONCE)
+        out += (weight[few, :, None] * partials[few]).sum(0)
     blind = total == 0
-    out = torch.where(blind[:, None], 0.0, (weight[..., None] * partials).sum(0) / total[:, None])
+    out = torch.where(blind[:, None], 0.0, out / total[:, None])
     merged = torch.where(blind, -math.inf, top + total.log2())
 
     if reduction.slot is None:
-        a.o[reduction.dst_batch, token, heads, columns] = out.bfloat16()
-        if a.lse is not None and reduction.col_begin == 0:
-            a.lse[reduction.dst_batch, heads, token] = _natural(merged)
+        _store(a, reduction.dst_batch, own, columns, out, merged)
     else:
-        a.o_scratch[reduction.slot, token, heads, columns] = out
-        a.lvec_scratch[reduction.slot, token, heads] = merged
+        a.o_scratch[reduction.slot, in_slot, columns] = out
+        a.lvec_scratch[reduction.slot, in_slot] = merged
 
 
-def _natural(lse_log2: torch.Tensor) -> torch.Tensor:
-    """Natural log outside; FlashMLA's users expect +inf for a row that sees no key."""
-    return torch.where(lse_log2 == -math.inf, math.inf, lse_log2 * LN_2)
+def run_fill(arguments: KernelArguments, fill: Fill) -> None:
+    """Zeros, and the LSE of rows that see no key."""
+    a = arguments
+    a.out[fill.token_begin : fill.token_end] = 0
+    tokens = torch.arange(fill.token_begin, fill.token_end)[:, None]
+    heads = torch.arange(a.num_heads)[None, :]
+    _store_lse(a, tokens, heads, torch.full((len(tokens), a.num_heads), -math.inf))
+
+
+def input_slots(reduction: Reduction) -> list[int] | slice:
+    """The slots that a reduction reads, as an index: a run needs no list."""
+    inputs = reduction.inputs
+    if isinstance(inputs, range):
+        return slice(inputs.start, inputs.stop, inputs.step)
+    return list(inputs)
+
+
+def _rows_in_slot(rows: range) -> slice:
+    """Where rows of a sequence lie in a slot of their row group."""
+    first = rows.start % MAX_ROWS
+    return slice(first, first + len(rows))
+
+
+def _store(
+    a: KernelArguments,
+    sequence: int,
+    rows: range,
+    columns: slice,
+    out: torch.Tensor,
+    lse_log2: torch.Tensor,
+) -> None:
+    """Write rows of a sequence into the output; LSEs with the first column."""
+    first_token, _ = a.tokens_of(sequence)
+    index = torch.arange(rows.start, rows.stop)
+    tokens, heads = first_token + index // a.num_heads, index % a.num_heads
+    if a.attn_sink is not None:
+        sink = a.attn_sink[sequence // a.num_requests * a.num_heads + heads]
+        share = 1 / (1 + torch.exp2(sink * LOG2_E - lse_log2))
+        # Without a key the share is 0 / 0 for a sink of -inf.
+        out = torch.where(lse_log2[:, None] == -math.inf, 0.0, out * share[:, None])
+    a.out[tokens, heads, columns] = out.to(a.dtype)
+    if columns.start in (None, 0):
+        _store_lse(a, tokens, heads, lse_log2)
+
+
+def _store_lse(
+    a: KernelArguments, tokens: torch.Tensor, heads: torch.Tensor, lse_log2: torch.Tensor
+) -> None:
+    """Write LSEs of (token, head) pairs, in the base and with the empty value that were asked."""
+    if a.lse is None:
+        return
+    value = lse_log2 if a.lse_base == 2 else lse_log2 * LN_2
+    value = torch.where(lse_log2 == -math.inf, a.lse_empty, value)
+    if a.lse.dim() == 3:
+        a.lse[tokens // a.s_q, tokens % a.s_q, heads] = value
+    else:
+        a.lse[tokens, heads] = value

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Partials in blues, told apart by request; reductions in orange.
+# Partials in blues, told apart by request; reductions in orange, fills in green.
 _REQUEST_COLORS = ("#1f5fa8", "#6ea6db", "#3f8a8c", "#9cc9c1", "#5b5ea6", "#a9a6d8")
 _COLORS = {
     "reduction": "#f08c2e",
+    "fill": "#7fb069",
     "no-op": "#999999",
     "wait": "#fde3c8",
     "idle": "#f0f0f0",
@@ -197,6 +198,8 @@ def _legend(figure: Figure, timeline: Timeline) -> None:
             handles.append(Patch(color=_REQUEST_COLORS[0], label="partial (shade: request)"))
         if any(s.kind == "reduction" for s in timeline.slices):
             handles.append(Patch(color=_COLORS["reduction"], label="reduction"))
+        if any(s.kind == "fill" for s in timeline.slices):
+            handles.append(Patch(color=_COLORS["fill"], label="fill"))
     if any(s.ready_us > s.start_us for s in timeline.slices):
         handles.append(Patch(color=_COLORS["wait"], label="waits for inputs"))
     handles.append(Patch(facecolor=_COLORS["idle"], edgecolor="#cccccc", label="idle"))

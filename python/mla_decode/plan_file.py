@@ -28,7 +28,14 @@ _ARRAYS = {
     "start_us": np.float32,
     "end_us": np.float32,
 }
-_INTEGERS = ("num_heads", "new_tokens", "num_workers", "split_tiles", "num_slots")
+_INTEGERS = (
+    "num_heads",
+    "num_kv_heads",
+    "total_tokens",
+    "num_workers",
+    "split_tiles",
+    "num_slots",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,9 @@ class PlanDocument:
 
     seq_lens: npt.NDArray[np.int32]
     num_heads: int
-    new_tokens: int
+    new_tokens: int | tuple[int, ...]
+    num_kv_heads: int
+    total_tokens: int
     num_workers: int
     policy: str
     split_tiles: int
@@ -49,9 +58,17 @@ class PlanDocument:
     end_us: npt.NDArray[np.float32]
 
     def sha256(self) -> str:
-        """Digest over the sizes, the lengths and the words."""
-        sizes = [self.num_heads, self.new_tokens, self.num_slots, QUEUE_VERSION]
-        digest = hashlib.sha256(np.asarray(sizes, dtype="<i8").tobytes())
+        """Digest over the sizes, the lengths, the new tokens and the words."""
+        sizes = {
+            "queue_version": QUEUE_VERSION,
+            "num_heads": self.num_heads,
+            "new_tokens": self.new_tokens,
+            "num_kv_heads": self.num_kv_heads,
+            "total_tokens": self.total_tokens,
+            "num_slots": self.num_slots,
+            "requests": self.seq_lens.size,
+        }
+        digest = hashlib.sha256(json.dumps(sizes).encode())
         digest.update(self.seq_lens.astype("<i4").tobytes())
         digest.update(self.instructions.astype("<i4").tobytes())
         return digest.hexdigest()
@@ -66,6 +83,7 @@ def write(path: Path, document: PlanDocument) -> None:
         "sha256": document.sha256(),
         "policy": document.policy,
         "predicted_us": document.predicted_us,
+        "new_tokens": document.new_tokens,
     }
     header.update({name: getattr(document, name) for name in _INTEGERS})
     arrays = {name: getattr(document, name) for name in _ARRAYS}
@@ -109,6 +127,7 @@ def _document(path: Path, header: dict[str, Any], arrays: dict[str, Any]) -> Pla
     try:
         for name in _INTEGERS:
             fields[name] = int(header[name])
+        fields["new_tokens"] = _new_tokens(header["new_tokens"])
         fields["policy"] = str(header["policy"])
         fields["predicted_us"] = float(header["predicted_us"])
         for name, dtype in _ARRAYS.items():
@@ -123,12 +142,20 @@ def _document(path: Path, header: dict[str, Any], arrays: dict[str, Any]) -> Pla
             f"{path}: instructions: expected shape [n, {INSTRUCTION_WORDS}], got "
             f"{list(words.shape)}"
         )
+    tokens, batch = fields["new_tokens"], fields["seq_lens"].size
+    if isinstance(tokens, tuple) and len(tokens) != batch:
+        raise QueueError(f"{path}: new_tokens: expected {batch} entries, got {len(tokens)}")
     for name in ("worker", "start_us", "end_us"):
         if fields[name].shape != words.shape[:1]:
             raise QueueError(
                 f"{path}: {name}: expected {words.shape[0]} entries, got {list(fields[name].shape)}"
             )
     return PlanDocument(**fields)
+
+
+def _new_tokens(value: Any) -> int | tuple[int, ...]:
+    """A number for all requests, or one for each."""
+    return tuple(int(tokens) for tokens in value) if isinstance(value, list) else int(value)
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

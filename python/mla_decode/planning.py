@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from . import _scheduler, checks, cost, native, plan_file
-from .arguments import require_supported_query
 from .cost import CostModel
-from .errors import RangeError, ScheduleError, UnsupportedError, schedule_errors
-from .lengths import SeqLens, host_seq_lens
+from .errors import RangeError, ScheduleError, ShapeError, UnsupportedError, schedule_errors
+from .lengths import NewTokens, SeqLens, host_new_tokens, host_seq_lens
 from .words import (
+    MAX_HEADS,
+    MAX_ROWS,
+    Fill,
     Instruction,
     Partial,
     Reduction,
@@ -27,6 +31,13 @@ from .workspace import Workspace, workspace_bytes
 
 POLICIES: tuple[str, ...] = _scheduler.POLICIES
 DEFAULT_NUM_WORKERS = 132  # SMs of an H100 or H200, for plans made without a GPU
+MAX_KV_HEADS = 128
+
+# Tiles of 64 keys per piece of a batch-invariant plan. A request of 64k keys is cut into 64
+# pieces, enough for half of an H200 when it is alone; a merge costs little beside 1024 keys.
+BATCH_INVARIANT_TILES = 16
+
+_FitKey: TypeAlias = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +45,14 @@ class Plan:
     """A queue of instructions for one batch of lengths. Made by `plan` or `Plan.load`."""
 
     seq_lens: npt.NDArray[np.int32]
-    """``[B]`` KV length of every request, new tokens included."""
+    """``[B]`` KV length of every request, new tokens included; 0 for an empty request."""
     num_heads: int
-    new_tokens: int
+    """Query heads, those of all KV heads together."""
+    new_tokens: NewTokens
+    """New tokens of every request, or one number for each."""
+    num_kv_heads: int
+    total_tokens: int
+    """Rows of tokens in ``q`` and the outputs; those behind the last request's are padding."""
     num_workers: int
     """SMs that it was balanced for; it is correct with any number."""
     policy: str
@@ -54,6 +70,10 @@ class Plan:
     _on_device: dict[torch.device, torch.Tensor] = field(
         default_factory=dict, init=False, repr=False
     )
+    _queues: dict[torch.device, tuple[int, int]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    _proved: bool = field(default=False, init=False, repr=False)
 
     @property
     def batch(self) -> int:
@@ -61,19 +81,47 @@ class Plan:
         return int(self.seq_lens.size)
 
     @property
+    def heads_per_kv(self) -> int:
+        """Query heads of one KV head: the ``num_heads`` of the words."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
     def num_instructions(self) -> int:
         """Instructions in the queue."""
         return int(self.instructions.shape[0])
 
+    @cached_property
+    def slot_rows(self) -> int:
+        """Rows of a scratch slot: those of the largest row group."""
+        return min(MAX_ROWS, self.max_new_tokens * self.heads_per_kv)
+
+    @cached_property
+    def max_new_tokens(self) -> int:
+        """Most new tokens of a request, at least 1."""
+        return max(1, *self.tokens) if self._is_ragged else self.tokens[0]
+
     @property
     def floor_us(self) -> float:
         """See `mla_decode.cost.floor_us`."""
-        return cost.floor_us(self.seq_lens.tolist(), self.num_heads, self.new_tokens)
+        return cost.floor_us(
+            self.seq_lens.tolist(), self.num_heads, self.new_tokens, self.num_kv_heads
+        )
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes of scratch, flags and queue state that it needs."""
-        return workspace_bytes(self.num_slots, self.new_tokens, self.num_heads)
+        return workspace_bytes(self.num_slots, self.slot_rows)
+
+    @property
+    def _is_ragged(self) -> bool:
+        return isinstance(self.new_tokens, tuple)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """New tokens of every request."""
+        if isinstance(self.new_tokens, tuple):
+            return self.new_tokens
+        return (self.new_tokens,) * self.batch
 
     def decoded(self) -> list[Instruction]:
         """The instructions, unpacked."""
@@ -84,7 +132,7 @@ class Plan:
         pieces: list[set[int]] = [set() for _ in range(self.batch)]
         for instruction in self.decoded():
             if isinstance(instruction, Partial):
-                pieces[instruction.q_batch].add(instruction.start)
+                pieces[instruction.q_batch % self.batch].add(instruction.start)
         return [len(starts) for starts in pieces]
 
     def summary(self) -> str:
@@ -92,11 +140,13 @@ class Plan:
         decoded = self.decoded()
         partials = sum(isinstance(i, Partial) for i in decoded)
         reductions = sum(isinstance(i, Reduction) for i in decoded)
+        fills = sum(isinstance(i, Fill) for i in decoded)
+        filling = f", {fills} fills" if fills else ""
         multiple = self.predicted_us / self.floor_us
         return (
-            f"{self.num_instructions} instructions ({partials} partials, {reductions} reductions) "
-            f"on {self.num_workers} workers, {self.num_slots} scratch slots, policy {self.policy}, "
-            f"predicted {self.predicted_us:.1f} us ({multiple:.2f} x floor)"
+            f"{self.num_instructions} instructions ({partials} partials, {reductions} reductions"
+            f"{filling}) on {self.num_workers} workers, {self.num_slots} scratch slots, policy "
+            f"{self.policy}, predicted {self.predicted_us:.1f} us ({multiple:.2f} x floor)"
         )
 
     def table(self) -> str:
@@ -112,6 +162,11 @@ class Plan:
     def __str__(self) -> str:
         return f"Plan({self.summary()})"
 
+    @property
+    def is_proved(self) -> bool:
+        """Whether the planner made the queue, or `validate` passed."""
+        return self._proved
+
     def validate(self) -> None:
         """Prove that the queue computes attention of these lengths and cannot deadlock.
 
@@ -122,8 +177,15 @@ class Plan:
         """
         with schedule_errors():
             _scheduler.validate(
-                self.instructions, self.seq_lens, self.num_heads, self.new_tokens, self.num_slots
+                self.instructions,
+                sequence_values(self.seq_lens, self.num_kv_heads),
+                self.heads_per_kv,
+                sequence_tokens(self.new_tokens, self.num_kv_heads),
+                self.num_slots,
+                total_tokens=self.total_tokens * self.num_kv_heads,
+                num_kv_heads=self.num_kv_heads,
             )
+        object.__setattr__(self, "_proved", True)
 
     def to(self, device: torch.device | str) -> torch.Tensor:
         """The words as a ``[n, 32]`` int32 tensor on ``device``; copied once and kept."""
@@ -140,44 +202,76 @@ class Plan:
             self._on_device[key] = torch.from_numpy(self.instructions.copy()).to(key)
         return self._on_device[key]
 
+    def queue(self, device: torch.device) -> tuple[int, int]:
+        """Address on ``device`` of the words, and how many instructions they are.
+
+        Raises
+        ------
+        ScheduleError
+            The queue came from elsewhere than the planner and breaks a rule.
+        """
+        known = self._queues.get(device)
+        if known is None:
+            if not self._proved:
+                self.validate()
+            words = self.to(device)
+            known = self._queues[words.device] = (words.data_ptr(), int(words.shape[0]))
+        return known
+
     def workspace(self, device: torch.device | str) -> Workspace:
         """A new workspace of the size that this plan needs."""
-        return Workspace(device, self.num_slots, self.new_tokens, self.num_heads)
+        return Workspace(device, self.num_slots, self.slot_rows)
 
     @cached_property
-    def _longest(self) -> int:
+    def max_seq_len(self) -> int:
         """The longest request's KV length."""
         return int(self.seq_lens.max())
 
-    def require_capacity(self, max_blocks: int, block_size: int) -> None:
-        """Check that a row of the block table can name the longest request's blocks.
+    @cached_property
+    def fit_key(self) -> _FitKey:
+        """What decides whether the plan fits the shapes of a call; see `require_fits`."""
+        s_q = self.tokens[0] if len(set(self.tokens)) == 1 else 0
+        return (self.batch, s_q, self.total_tokens, self.num_heads, self.num_kv_heads)
+
+    def require_capacity(self, capacity: int, where: str) -> None:
+        """Check that the block ids of a call can name the longest request's blocks.
 
         Raises
         ------
         RangeError
-            It cannot.
+            They cannot; ``where`` says what they are.
         """
-        capacity = max_blocks * block_size
-        if self._longest > capacity:
+        if self.max_seq_len > capacity:
             raise RangeError(
-                f"seq_lens: expected at most {capacity} ({max_blocks} blocks of {block_size} "
-                f"tokens in block_table), got {self._longest}"
+                f"seq_lens: expected at most {capacity} ({where}), got {self.max_seq_len}"
             )
 
-    def require_fits(self, batch: int, new_tokens: int, num_heads: int) -> None:
+    def require_fits(
+        self, batch: int, s_q: int, total_tokens: int, num_heads: int, num_kv_heads: int
+    ) -> None:
         """Check that the plan was made for a call of these sizes.
+
+        Parameters
+        ----------
+        batch, total_tokens, num_heads, num_kv_heads
+            Of the call.
+        s_q : int
+            New tokens of every request; 0 for a call with ``cu_seqlens_q``.
 
         Raises
         ------
         ScheduleError
             It was made for others.
         """
-        made_for = (self.batch, self.new_tokens, self.num_heads)
-        sizes = (batch, new_tokens, num_heads)
-        names = ("requests", "new_tokens", "num_heads")
-        for name, planned, called in zip(names, made_for, sizes, strict=True):
-            if planned != called:
-                raise ScheduleError(f"plan: made for {planned} {name}, the call has {called}")
+        require_fits(self.fit_key, (batch, s_q, total_tokens, num_heads, num_kv_heads))
+
+    @cached_property
+    def _length_list(self) -> list[int]:
+        return [int(length) for length in self.seq_lens]
+
+    def holds(self, seq_lens: list[int]) -> bool:
+        """Whether these are the plan's lengths; quick, and False may mean anything."""
+        return seq_lens == self._length_list and set(map(type, seq_lens)) == {int}
 
     def require_seq_lens(self, seq_lens: npt.NDArray[np.int32]) -> None:
         """Check that the plan was made for these lengths.
@@ -207,6 +301,8 @@ class Plan:
                 seq_lens=self.seq_lens,
                 num_heads=self.num_heads,
                 new_tokens=self.new_tokens,
+                num_kv_heads=self.num_kv_heads,
+                total_tokens=self.total_tokens,
                 num_workers=self.num_workers,
                 policy=self.policy,
                 split_tiles=self.split_tiles,
@@ -242,25 +338,35 @@ class Plan:
 def plan(
     seq_lens: SeqLens,
     num_heads: int,
-    new_tokens: int = 1,
+    new_tokens: int | SeqLens = 1,
     *,
+    num_kv_heads: int = 1,
+    total_tokens: int | None = None,
     num_workers: int | None = None,
     device: torch.device | str | None = None,
     policy: str = "balanced",
     split_tiles: int = 0,
+    batch_invariant: bool = False,
     cost_model: CostModel | None = None,
     validate: bool = False,
 ) -> Plan:
-    """Schedule MLA decode of a batch.
+    """Schedule MLA decode of a batch, on the CPU. On the GPU, see `mla_decode.DevicePlan`.
 
     Parameters
     ----------
     seq_lens : list of int, ndarray or Tensor
-        ``[B]`` KV length of every request, its new tokens included; at least 1.
+        ``[B]`` KV length of every request, its new tokens included; 0 for an empty request,
+        whose output is 0.
     num_heads : int
-        Query heads on this GPU: 8, 16, 32, 64 or 128.
-    new_tokens : int
-        Query tokens per request, 1 to 4.
+        Query heads on this GPU, those of all KV heads together: 1 to 128 for each KV head.
+    new_tokens : int, list of int, ndarray or Tensor
+        New tokens per request, 1 to 16; or one number from 0 to 16 for each request.
+    num_kv_heads : int
+        KV heads, a divisor of ``num_heads``. Query head ``h`` belongs to KV head
+        ``h // (num_heads // num_kv_heads)``.
+    total_tokens : int, optional
+        Rows of tokens in ``q``, at least the sum of the new tokens; those behind it are
+        padding and get zeros. The sum when None.
     num_workers : int, optional
         SMs to balance for; those of ``device`` when None, 132 without a GPU.
     device : device, optional
@@ -270,7 +376,11 @@ def plan(
         size; ``backward`` grows reduction trees while `__get_quality__` says that it helps;
         ``unsplit`` cuts nothing; ``fixed`` cuts every ``split_tiles`` tiles of 64 tokens.
     split_tiles : int
-        Tiles per piece, for ``fixed``.
+        Tiles per piece, for ``fixed`` and for ``batch_invariant``.
+    batch_invariant : bool
+        Plan every request by itself: policy ``fixed``, every 16 tiles unless ``split_tiles``
+        says otherwise. The output bits of a request then do not depend on the rest of the
+        batch.
     cost_model : CostModel, optional
         Microseconds that things take; by default those fitted on ``device``.
     validate : bool
@@ -284,14 +394,20 @@ def plan(
     Raises
     ------
     RangeError, DtypeError, ShapeError
-        Lengths that are no positive integers, an unknown policy, no workers.
+        Lengths that are no integers or negative, an unknown policy, no workers.
     UnsupportedError
         More heads or new tokens than the kernels support.
     """
     lengths = host_seq_lens(seq_lens)
-    require_supported_query(num_heads, new_tokens)
+    tokens = host_new_tokens(new_tokens, lengths.size)
+    heads = require_heads(num_heads, num_kv_heads)
+    total = require_total_tokens(total_tokens, tokens, lengths.size)
     if policy not in POLICIES:
         raise RangeError(f"policy: expected one of {POLICIES}, got {policy!r}")
+    if batch_invariant:
+        if policy not in ("balanced", "fixed"):
+            raise RangeError(f"policy: expected 'fixed' with batch_invariant, got {policy!r}")
+        policy, split_tiles = "fixed", split_tiles or BATCH_INVARIANT_TILES
     checks.require_int("split_tiles", split_tiles, 1 if policy == "fixed" else 0, 1 << 25)
     gpu = _gpu(device)
     if num_workers is None:
@@ -301,12 +417,22 @@ def plan(
         cost_model = cost.load(torch.cuda.get_device_name(gpu) if gpu is not None else None)
     with schedule_errors():
         data = _scheduler.plan(
-            lengths, num_heads, new_tokens, num_workers, cost_model, policy, split_tiles
+            sequence_values(lengths, num_kv_heads),
+            heads,
+            sequence_tokens(tokens, num_kv_heads),
+            num_workers,
+            cost_model,
+            policy,
+            split_tiles,
+            total_tokens=total * num_kv_heads,
+            num_kv_heads=num_kv_heads,
         )
     made = Plan(
         seq_lens=lengths,
         num_heads=num_heads,
-        new_tokens=new_tokens,
+        new_tokens=tokens,
+        num_kv_heads=num_kv_heads,
+        total_tokens=total,
         num_workers=num_workers,
         policy=policy,
         split_tiles=split_tiles,
@@ -317,32 +443,114 @@ def plan(
         start_us=np.asarray(data.start_us),
         end_us=np.asarray(data.end_us),
     )
+    object.__setattr__(made, "_proved", True)
     if validate:
         made.validate()
     return made
+
+
+def require_heads(num_heads: int, num_kv_heads: int) -> int:
+    """Check head counts; returns the query heads of one KV head.
+
+    Raises
+    ------
+    UnsupportedError, RangeError
+        ``num_heads`` is no multiple of ``num_kv_heads``, or more than 128 times it.
+    """
+    for name, value in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        checks.require_int(name, value, 1, MAX_HEADS * MAX_KV_HEADS)
+    if num_kv_heads > MAX_KV_HEADS:
+        raise UnsupportedError(f"num_kv_heads: expected 1 to {MAX_KV_HEADS}, got {num_kv_heads}")
+    if num_heads % num_kv_heads:
+        raise RangeError(
+            f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}"
+        )
+    heads = num_heads // num_kv_heads
+    if heads > MAX_HEADS:
+        raise UnsupportedError(
+            f"num_heads: expected at most {MAX_HEADS} for each of {num_kv_heads} KV heads, got "
+            f"{num_heads}"
+        )
+    return heads
+
+
+def require_total_tokens(total_tokens: int | None, tokens: NewTokens, batch: int) -> int:
+    """Check the rows of tokens in ``q``; the sum of the new tokens when None.
+
+    Raises
+    ------
+    RangeError, ShapeError
+        Fewer than the new tokens; or padding, where all requests have the same number.
+    """
+    used = sum(tokens) if isinstance(tokens, tuple) else tokens * batch
+    if total_tokens is None:
+        return used
+    checks.require_int("total_tokens", total_tokens, 0, (1 << 31) - 1)
+    if total_tokens < used:
+        raise RangeError(
+            f"total_tokens: expected at least {used}, the sum of new_tokens, got {total_tokens}"
+        )
+    if isinstance(tokens, int) and total_tokens != used:
+        raise ShapeError(
+            f"total_tokens: expected {used} with {tokens} new tokens for every request, got "
+            f"{total_tokens}; padding needs new_tokens for each request"
+        )
+    return total_tokens
+
+
+def sequence_values(values: npt.NDArray[np.int32], num_kv_heads: int) -> npt.NDArray[np.int32]:
+    """Values ``[B]`` of requests as those ``[num_kv_heads * B]`` of sequences."""
+    return values if num_kv_heads == 1 else np.tile(values, num_kv_heads)
+
+
+def sequence_tokens(tokens: NewTokens, num_kv_heads: int) -> int | npt.NDArray[np.int32]:
+    """New tokens of requests as those of sequences."""
+    if isinstance(tokens, int):
+        return tokens
+    return sequence_values(np.asarray(tokens, dtype=np.int32), num_kv_heads)
+
+
+def require_fits(planned: _FitKey, called: _FitKey) -> None:
+    """Check a plan's sizes against those of a call, both in the order of `Plan.fit_key`.
+
+    Raises
+    ------
+    ScheduleError
+        Names the first size that differs.
+    """
+    names = ("requests", "new tokens each", "tokens", "num_heads", "num_kv_heads")
+    for name, have, want in zip(names, planned, called, strict=True):
+        if name == "new tokens each" and want == 0:
+            continue  # what the offsets are is not looked at
+        if have != want:
+            made_for = f"{have} {name}" if have else "different new tokens per request"
+            raise ScheduleError(f"plan: made for {made_for}, the call has {want}")
 
 
 def describe(instruction: Instruction) -> str:
     """What an instruction does, in a few words."""
     if isinstance(instruction, Partial):
         to = f"slot {instruction.slot}" if instruction.slot is not None else "output"
-        rows = f" rows {instruction.row_begin}+{instruction.num_rows or 'all'}"
+        rows = f" rows {instruction.row_begin}+{instruction.num_rows or 'group'}"
         return (
-            f"partial  request {instruction.q_batch} tokens [{instruction.start}, "
+            f"partial  sequence {instruction.q_batch} keys [{instruction.start}, "
             f"{instruction.end}){rows} -> {to}"
         )
     if isinstance(instruction, Reduction):
         to = (
             f"slot {instruction.slot}"
             if instruction.slot is not None
-            else f"output of request {instruction.dst_batch}"
+            else f"output of sequence {instruction.dst_batch}"
         )
         columns = instruction.columns()
+        first = instruction.head_begin + instruction.row_offset
         return (
-            f"reduction of {len(instruction.inputs)}, token {instruction.dst_seq} heads "
-            f"{instruction.head_begin}+{instruction.num_heads or 'all'} columns "
-            f"[{columns[0]}, {columns[1]}) -> {to}"
+            f"reduction of {len(instruction.inputs)}, token {instruction.dst_seq} rows "
+            f"{first}+{instruction.num_rows or 'all'} columns "
+            f"[{columns.start}, {columns.stop}) -> {to}"
         )
+    if isinstance(instruction, Fill):
+        return f"fill     tokens [{instruction.token_begin}, {instruction.token_end}) with zeros"
     return "no-op"
 
 
@@ -351,22 +559,35 @@ class PlanCache:
 
     def __init__(self, capacity: int = 64) -> None:
         self._capacity = capacity
-        self._plans: OrderedDict[tuple[bytes, int, int, int, torch.device], Plan] = OrderedDict()
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def get(
         self,
         seq_lens: npt.NDArray[np.int32],
         num_heads: int,
-        new_tokens: int,
+        new_tokens: NewTokens,
         num_workers: int | None,
         device: torch.device,
+        *,
+        num_kv_heads: int = 1,
+        total_tokens: int | None = None,
+        batch_invariant: bool = False,
     ) -> Plan:
         """The plan of these sizes for this device, made now or before."""
-        key = (seq_lens.tobytes(), num_heads, new_tokens, num_workers or 0, device)
+        sizes = (num_heads, new_tokens, num_workers, num_kv_heads, total_tokens, batch_invariant)
+        key = (seq_lens.tobytes(), sizes, device)
         made = self._plans.get(key)
         if made is None:
-            target = device if device.type == "cuda" else None
-            made = plan(seq_lens, num_heads, new_tokens, num_workers=num_workers, device=target)
+            made = plan(
+                seq_lens,
+                num_heads,
+                new_tokens,
+                num_kv_heads=num_kv_heads,
+                total_tokens=total_tokens,
+                num_workers=num_workers,
+                device=device if device.type == "cuda" else None,
+                batch_invariant=batch_invariant,
+            )
             self._plans[key] = made
             if len(self._plans) > self._capacity:
                 self._plans.popitem(last=False)

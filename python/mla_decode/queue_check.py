@@ -19,6 +19,8 @@ from .words import (
     LATENT_DIM,
     MAX_REDUCTION_INPUTS,
     MAX_ROWS,
+    MAX_RUN_INPUTS,
+    OPCODE_MLA_FILL,
     OPCODE_MLA_PARTIAL,
     OPCODE_MLA_REDUCTION,
     OPCODE_NOOP,
@@ -26,16 +28,21 @@ from .words import (
     queue_length,
 )
 
+_KNOWN = (OPCODE_NOOP, OPCODE_MLA_PARTIAL, OPCODE_MLA_REDUCTION, OPCODE_MLA_FILL)
+_RUN_END = 9  # words of a run from here on are 0
+
 
 @dataclass(frozen=True)
 class QueueLimits:
     """Sizes of the tensors that a queue's words index."""
 
-    batch: int
-    new_tokens: int
-    num_heads: int
-    max_length: int  # KV positions that one block table row can name
+    num_sequences: int  # KV heads * requests
+    num_heads: int  # query heads per KV head
+    rows: int | tuple[int, ...]  # (token, head) rows, of every sequence or of each
+    max_length: int | tuple[int, ...]  # KV positions that a sequence's block ids name, as `rows`
+    num_tokens: int  # tokens of the output, those of all KV heads
     num_slots: int  # scratch slots
+    slot_rows: int  # rows of a scratch slot
 
 
 def check_words(instructions: Words, limits: QueueLimits) -> None:
@@ -48,79 +55,144 @@ def check_words(instructions: Words, limits: QueueLimits) -> None:
     """
     words = instructions[: queue_length(instructions)].astype(np.int64)
     opcode = words[:, 0]
-    known = (OPCODE_NOOP, OPCODE_MLA_PARTIAL, OPCODE_MLA_REDUCTION)
-    _require(words, np.isin(opcode, known), 0, "opcode", f"an opcode in {known}")
-    partials = np.flatnonzero(opcode == OPCODE_MLA_PARTIAL)
-    reductions = np.flatnonzero(opcode == OPCODE_MLA_REDUCTION)
-    _check_partials(words, partials, limits)
-    _check_reductions(words, reductions, limits)
+    _require(words, np.isin(opcode, _KNOWN), 0, "opcode", f"an opcode in {_KNOWN}")
+    _Partials(words, np.flatnonzero(opcode == OPCODE_MLA_PARTIAL), limits).check()
+    _Reductions(words, np.flatnonzero(opcode == OPCODE_MLA_REDUCTION), limits).check()
+    _Fills(words, np.flatnonzero(opcode == OPCODE_MLA_FILL), limits).check()
 
 
-def _check_partials(
-    words: npt.NDArray[np.int64], rows: npt.NDArray[np.intp], lim: QueueLimits
-) -> None:
-    w = words[rows]
+class _Instructions:
+    """The instructions of one opcode."""
 
-    def need(ok: npt.NDArray[np.bool_], word: int, name: str, expected: str) -> None:
-        _require(words, ok, word, name, expected, rows)
+    def __init__(
+        self, words: npt.NDArray[np.int64], where: npt.NDArray[np.intp], limits: QueueLimits
+    ) -> None:
+        self.words = words
+        self.where = where
+        self.w = words[where]
+        self.limits = limits
 
-    _check_destination(words, rows, 2, lim)
-    need((w[:, 5] >= 0) & (w[:, 5] < lim.new_tokens), 5, "q_seq", f"0 to {lim.new_tokens - 1}")
-    need(w[:, 3] == w[:, 5], 3, "dst_seq", "the same as q_seq")
-    need((w[:, 4] >= 0) & (w[:, 4] < lim.batch), 4, "q_batch", f"0 to {lim.batch - 1}")
-    need((w[:, 8] >= 1) & (w[:, 8] <= lim.max_length), 8, "length", f"1 to {lim.max_length}")
-    need((w[:, 6] >= 0) & (w[:, 6] % KV_TILE == 0), 6, "start", f"a multiple of {KV_TILE}")
-    need((w[:, 7] > w[:, 6]) & (w[:, 7] <= w[:, 8]), 7, "end", "above start, at most length")
-    rows_left = (lim.new_tokens - w[:, 5]) * lim.num_heads - w[:, 9]
-    need((w[:, 9] >= 0) & (rows_left > 0), 9, "row_begin", "a (token, head) row of the request")
-    count = np.where(w[:, 10] == 0, rows_left, w[:, 10])
-    # The kernel moves whole groups: a smaller one would overwrite the rows after it.
-    group = min(MAX_ROWS, lim.new_tokens * lim.num_heads)
-    whole = count == np.minimum(rows_left, group)
-    need(whole, 10, "num_rows", f"{group} rows, or all that are left if fewer (0)")
+    def need(
+        self, ok: npt.NDArray[np.bool_] | np.bool_, word: int, name: str, expected: str
+    ) -> None:
+        _require(self.words, np.asarray(ok), word, name, expected, self.where)
 
+    def rows_of(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows of each sequence; the numbers are in range."""
+        return _per_sequence(self.limits.rows, sequences)
 
-def _check_reductions(
-    words: npt.NDArray[np.int64], rows: npt.NDArray[np.intp], lim: QueueLimits
-) -> None:
-    w = words[rows]
-    shape = w[:, 2]
-
-    def need(ok: npt.NDArray[np.bool_], word: int, name: str, expected: str) -> None:
-        _require(words, ok, word, name, expected, rows)
-
-    _check_destination(words, rows, 3, lim)
-    need(shape >= 0, 2, "shape", "bit 31 to be 0")
-    count = (shape & 0xFF) + 1
-    need(count <= MAX_REDUCTION_INPUTS, 2, "shape", f"at most {MAX_REDUCTION_INPUTS} inputs")
-    head_begin, num_heads = shape >> 8 & 0xFF, shape >> 16 & 0xFF
-    head_end = np.where(num_heads == 0, lim.num_heads, head_begin + num_heads)
-    heads_fit = (head_begin < lim.num_heads) & (head_end <= lim.num_heads)
-    need(
-        heads_fit & ((num_heads != 0) | (head_begin == 0)),
-        2,
-        "shape",
-        f"heads in 0 to {lim.num_heads}",
-    )
-    col_begin, num_cols = (shape >> 24 & 0x7) * COLUMN_CHUNK, (shape >> 27 & 0xF) * COLUMN_CHUNK
-    cols_fit = col_begin + num_cols <= LATENT_DIM
-    need(
-        cols_fit & ((num_cols != 0) | (col_begin == 0)), 2, "shape", f"columns in 0 to {LATENT_DIM}"
-    )
-    need((w[:, 4] >= 0) & (w[:, 4] < lim.new_tokens), 4, "dst_seq", f"0 to {lim.new_tokens - 1}")
-    for i in range(MAX_REDUCTION_INPUTS):
-        slot = w[:, 5 + i]
-        ok = (i >= count) | ((slot >= 0) & (slot < lim.num_slots))
-        need(ok, 5 + i, f"input {i}", f"a scratch slot, 0 to {lim.num_slots - 1}")
+    @property
+    def slots(self) -> str:
+        """What a destination in scratch may be, in words."""
+        count = self.limits.num_slots
+        return f"a scratch slot (-1 to {-count})" if count else "no scratch slot (there are none)"
 
 
-def _check_destination(
-    words: npt.NDArray[np.int64], rows: npt.NDArray[np.intp], word: int, lim: QueueLimits
-) -> None:
-    dst = words[rows, word]
-    ok = (dst >= -lim.num_slots) & (dst < lim.batch)
-    expected = f"a request (0 to {lim.batch - 1}) or a scratch slot (-1 to {-lim.num_slots})"
-    _require(words, ok, word, "dst_batch", expected, rows)
+class _Partials(_Instructions):
+    def check(self) -> None:
+        w, lim, need = self.w, self.limits, self.need
+        last = lim.num_sequences - 1
+        need((w[:, 4] >= 0) & (w[:, 4] <= last), 4, "q_batch", f"0 to {last}")
+        own_output, slot = w[:, 2] == w[:, 4], w[:, 2] < 0
+        to = own_output | (slot & (w[:, 2] >= -lim.num_slots))
+        need(to, 2, "dst_batch", f"the sequence of q_batch or {self.slots}")
+        rows = self.rows_of(w[:, 4])
+        token = (w[:, 5] >= 0) & (w[:, 5] * lim.num_heads < rows)
+        need(token, 5, "q_seq", "a new token of the sequence")
+        need(w[:, 3] == w[:, 5], 3, "dst_seq", "the same as q_seq")
+        capacity = _per_sequence(lim.max_length, w[:, 4])
+        most = f"{capacity.max(initial=0)}" if isinstance(lim.max_length, int) else "its block ids'"
+        need((w[:, 8] >= 1) & (w[:, 8] <= capacity), 8, "length", f"1 to {most}")
+        need((w[:, 6] >= 0) & (w[:, 6] % KV_TILE == 0), 6, "start", f"a multiple of {KV_TILE}")
+        need((w[:, 7] > w[:, 6]) & (w[:, 7] <= w[:, 8]), 7, "end", "above start, at most length")
+        whole_tiles = (w[:, 7] % KV_TILE == 0) | (w[:, 7] == w[:, 8])
+        need(whole_tiles, 7, "end", f"a multiple of {KV_TILE} or the length")
+        first = w[:, 5] * lim.num_heads + w[:, 9]
+        need((w[:, 9] >= 0) & (first < rows), 9, "row_begin", "a (token, head) row of the sequence")
+        need(first % MAX_ROWS == 0, 9, "row_begin", f"a first row that is a multiple of {MAX_ROWS}")
+        # The kernel moves whole groups: a smaller one would overwrite the rows after it.
+        group = np.minimum(MAX_ROWS, rows - first)
+        whole = (w[:, 10] == 0) | (w[:, 10] == group)
+        need(whole, 10, "num_rows", f"{MAX_ROWS} rows, or all that are left if fewer (0)")
+        fits = ~slot | (group <= lim.slot_rows)
+        need(fits, 2, "dst_batch", f"rows that a scratch slot holds ({lim.slot_rows})")
+
+
+class _Reductions(_Instructions):
+    def check(self) -> None:
+        w, lim, need = self.w, self.limits, self.need
+        last = lim.num_sequences - 1
+        to = (w[:, 3] >= -lim.num_slots) & (w[:, 3] <= last)
+        need(to, 3, "dst_batch", f"a sequence (0 to {last}) or {self.slots}")
+        self._check_rows()
+        shape = w[:, 2]
+        col_begin, num_cols = (shape >> 24 & 0x7) * COLUMN_CHUNK, (shape >> 27 & 0xF) * COLUMN_CHUNK
+        columns = col_begin + num_cols <= LATENT_DIM
+        need(columns, 2, "shape", f"columns in 0 to {LATENT_DIM}")
+        is_run = shape < 0
+        self._check_list(~is_run)
+        self._check_run(is_run)
+
+    def _check_rows(self) -> None:
+        w, lim, need = self.w, self.limits, self.need
+        shape = w[:, 2]
+        offset = np.where(shape < 0, w[:, 8], 0)
+        head, count = shape >> 8 & 0xFF, shape >> 16 & 0xFF
+        count = np.where(count == 0, lim.num_heads - head, count)
+        need(head < lim.num_heads, 2, "shape", f"a first head below {lim.num_heads}")
+        # Which sequence a slot belongs to, the words do not say: that of any will do.
+        most = max(lim.rows, default=0) if isinstance(lim.rows, tuple) else lim.rows
+        rows = np.where(w[:, 3] < 0, most, self.rows_of(np.maximum(w[:, 3], 0)))
+        token = (w[:, 4] >= 0) & (w[:, 4] * lim.num_heads < rows)
+        need(token, 4, "dst_seq", "a new token of the sequence")
+        need(offset >= 0, 8, "row_offset", "at least 0")
+        first = w[:, 4] * lim.num_heads + head + offset
+        need(first + count <= rows, 2, "shape", "(token, head) rows of the sequence")
+        group_end = first % MAX_ROWS + count
+        need(group_end <= MAX_ROWS, 2, "shape", f"rows in one row group of {MAX_ROWS}")
+        in_slots = f"rows that a scratch slot holds ({lim.slot_rows})"
+        need(group_end <= lim.slot_rows, 2, "shape", in_slots)
+
+    def _check_list(self, listed: npt.NDArray[np.bool_]) -> None:
+        w, slots = self.w, self.limits.num_slots
+        count = (w[:, 2] & 0xFF) + 1
+        few = ~listed | (count <= MAX_REDUCTION_INPUTS)
+        self.need(few, 2, "shape", f"at most {MAX_REDUCTION_INPUTS} inputs")
+        for i in range(MAX_REDUCTION_INPUTS):
+            slot = w[:, 5 + i]
+            ok = ~listed | (i >= count) | ((slot >= 0) & (slot < slots))
+            self.need(ok, 5 + i, f"input {i}", f"a scratch slot, 0 to {slots - 1}")
+
+    def _check_run(self, is_run: npt.NDArray[np.bool_]) -> None:
+        w, slots = self.w, self.limits.num_slots
+        first, count, step = w[:, 5], w[:, 6], w[:, 7]
+        self.need(~is_run | (w[:, 2] & 0xFF == 0), 2, "shape", "bits 0 to 7 of a run to be 0")
+        first_ok = (first >= 0) & (first < slots)
+        self.need(~is_run | first_ok, 5, "first_input", f"a scratch slot, 0 to {slots - 1}")
+        count_ok = (count >= 1) & (count <= MAX_RUN_INPUTS)
+        self.need(~is_run | count_ok, 6, "num_inputs", f"1 to {MAX_RUN_INPUTS}")
+        self.need(~is_run | (step >= 1), 7, "input_step", "at least 1")
+        last_ok = first + (count - 1) * step < slots
+        self.need(~is_run | last_ok, 6, "num_inputs", f"inputs below {slots}, the scratch slots")
+        for word in range(_RUN_END, INSTRUCTION_WORDS):
+            self.need(~is_run | (w[:, word] == 0), word, "unused", "0")
+
+
+class _Fills(_Instructions):
+    def check(self) -> None:
+        w, tokens = self.w, self.limits.num_tokens
+        begin = (w[:, 2] >= 0) & (w[:, 2] < tokens)
+        self.need(begin, 2, "token_begin", f"0 to {tokens - 1}")
+        end = (w[:, 3] > w[:, 2]) & (w[:, 3] <= tokens)
+        self.need(end, 3, "token_end", f"above token_begin, at most {tokens}")
+
+
+def _per_sequence(
+    values: int | tuple[int, ...], sequences: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    if isinstance(values, int):
+        return np.full(sequences.shape, values, dtype=np.int64)
+    return np.asarray(values, dtype=np.int64)[sequences]
 
 
 def _require(

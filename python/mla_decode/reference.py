@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -27,61 +29,91 @@ _CHUNK = 8192  # keys per step of the float64 reference: 75 MB in float64
 
 @dataclass(frozen=True)
 class Case:
-    """Inputs of one decode call; see `make_case`."""
+    """Inputs of one decode call; see `make_case`.
+
+    ``H`` query heads are ``h_kv`` KV heads times ``G`` query heads of each. *Uniform*: every
+    request has ``s_q`` new tokens; *ragged*: ``new_tokens`` has one number for each.
+    """
 
     seq_lens: list[int]
     num_heads: int
-    new_tokens: int
+    """Query heads, those of all KV heads together."""
+    new_tokens: int | list[int]
     block_size: int
     q: torch.Tensor
-    """``[B, s_q, H, 576]`` bf16."""
+    """``[B, s_q, H, 576]`` bf16 or fp16; ragged ``[T, H, 576]``."""
     kv_cache: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
-    """``[num_blocks, block_size, 576]`` bf16, or (latent, rope)."""
+    """``[num_blocks, block_size, 576]``, with ``h_kv`` above 1 ``[num_blocks, block_size, h_kv,
+    576]``; or (latent, rope)."""
     block_table: torch.Tensor
-    """``[B, max_blocks]`` int32."""
+    """``[B, max_blocks]`` int32, or the block ids ``[n]`` with ``kv_indptr``."""
     softmax_scale: float
+    h_kv: int = 1
+    cu_seqlens_q: torch.Tensor | None = None
+    """Ragged: ``[B + 1]`` int32; tokens of q behind the last are padding."""
+    kv_indptr: torch.Tensor | None = None
+    """``[B + 1]`` int32: request r has ``block_table[kv_indptr[r] : kv_indptr[r + 1]]``."""
+    causal: bool = True
+    attn_sink: torch.Tensor | None = None
+    """``[H]`` fp32."""
+    lse_base: float = math.e
+    lse_empty: float = math.inf
 
     @property
     def latent(self) -> torch.Tensor:
-        """``[num_blocks, block_size, 512]``."""
+        """The cache's first 512 columns."""
         if isinstance(self.kv_cache, tuple):
             return self.kv_cache[0]
         return self.kv_cache[..., :LATENT_DIM]
 
     @property
     def rope(self) -> torch.Tensor:
-        """``[num_blocks, block_size, 64]``."""
+        """The cache's last 64 columns."""
         if isinstance(self.kv_cache, tuple):
             return self.kv_cache[1]
         return self.kv_cache[..., LATENT_DIM:]
 
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads of one KV head."""
+        return self.num_heads // self.h_kv
+
+    @property
+    def tokens(self) -> list[int]:
+        """New tokens of every request."""
+        if isinstance(self.new_tokens, int):
+            return [self.new_tokens] * len(self.seq_lens)
+        return self.new_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of q, padding included."""
+        return self.q[..., 0, 0].numel()
+
     def poisoned_outputs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """NaN-filled ``out`` ``[B, s_q, H, 512]`` bf16 and ``lse`` ``[B, H, s_q]`` fp32."""
-        batch, device = len(self.seq_lens), self.q.device
-        out = torch.full((*self.q.shape[:3], LATENT_DIM), math.nan, device=device)
-        lse = torch.full((batch, self.num_heads, self.new_tokens), math.nan, device=device)
-        return out.bfloat16(), lse
+        """NaN-filled ``out`` in the shape and dtype of q (512 wide) and fp32 ``lse``
+        ``[B, H, s_q]``, ragged ``[T, H]``."""
+        device = self.q.device
+        out = torch.full((*self.q.shape[:-1], LATENT_DIM), math.nan, device=device)
+        ragged = self.cu_seqlens_q is not None
+        shape = out.shape[:-1] if ragged else (out.shape[0], out.shape[2], out.shape[1])
+        return out.to(self.q.dtype), torch.full(shape, math.nan, device=device)
 
     def to(self, device: torch.device | str) -> Case:
         """The same case on another device."""
-        kv = self.kv_cache
-        moved = (kv[0].to(device), kv[1].to(device)) if isinstance(kv, tuple) else kv.to(device)
-        return Case(
-            self.seq_lens,
-            self.num_heads,
-            self.new_tokens,
-            self.block_size,
-            self.q.to(device),
-            moved,
-            self.block_table.to(device),
-            self.softmax_scale,
-        )
+
+        def move(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(part.to(device) for part in value)
+            return value.to(device) if isinstance(value, torch.Tensor) else value
+
+        return Case(**{field.name: move(getattr(self, field.name)) for field in fields(self)})
 
 
 def make_case(
     seq_lens: Sequence[int],
     num_heads: int = 16,
-    new_tokens: int = 1,
+    new_tokens: int | Sequence[int] = 1,
     block_size: int = 64,
     *,
     seed: int = 0,
@@ -89,18 +121,30 @@ def make_case(
     poison: bool = True,
     combined: bool = True,
     softmax_scale: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    h_kv: int = 1,
+    padding_tokens: int = 0,
+    csr: bool = False,
+    causal: bool = True,
+    attn_sink: torch.Tensor | Sequence[float] | None = None,
+    lse_base: float = math.e,
+    lse_empty: float = math.inf,
 ) -> Case:
     """Random inputs with a paged cache as an engine would hold it, and traps in it.
 
     Inputs are N(0, 1) / 10 clamped to +-1. Blocks are shuffled over a cache with blocks to
-    spare. With ``poison``, rows past each length and unused blocks are NaN, and block ids
-    past each request's last block are wild.
+    spare. With ``poison``, rows past each length, unused blocks and padding tokens are NaN,
+    and block ids past each request's last block are wild.
 
     Parameters
     ----------
     seq_lens : sequence of int
-        KV lengths, new tokens included.
-    num_heads, new_tokens, block_size, seed, device
+        KV lengths, new tokens included; 0 for an empty request.
+    num_heads : int
+        Query heads, those of all ``h_kv`` KV heads together.
+    new_tokens : int or sequence of int
+        For every request, or for each: a ragged case.
+    block_size, seed, device
         Sizes, and where the randomness and the tensors come from.
     poison : bool
         Set the traps; zeros and valid ids instead when False.
@@ -108,45 +152,92 @@ def make_case(
         One ``[num_blocks, block_size, 576]`` cache; two separate tensors when False.
     softmax_scale : float, optional
         ``576 ** -0.5`` when None.
+    dtype : torch.dtype
+        bf16 or fp16, of queries and cache.
+    h_kv : int
+        KV heads.
+    padding_tokens : int
+        Tokens of q behind those of the last request, in a ragged case.
+    csr : bool
+        Block ids in one row with ``kv_indptr``, instead of a block table.
+    causal, attn_sink, lse_base, lse_empty
+        What is to be computed; ``attn_sink`` has ``num_heads`` numbers.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    batch, width = len(seq_lens), LATENT_DIM + ROPE_DIM
+    width = LATENT_DIM + ROPE_DIM
     used = [-(-length // block_size) for length in seq_lens]
     num_blocks = sum(used) + max(3, sum(used) // 16)
-    max_blocks = max(used) + 2
 
     def randn(*shape: int) -> torch.Tensor:
         values = torch.randn(*shape, generator=generator, device=device)
-        return values.div_(10).clamp_(-1, 1).bfloat16()
+        return values.div_(10).clamp_(-1, 1).to(dtype)
 
     trap = math.nan if poison else 0.0
-    kv = torch.full((num_blocks, block_size, width), trap, dtype=torch.bfloat16, device=device)
-    table = torch.zeros(batch, max_blocks, dtype=torch.int32, device=device)
-    if poison:
-        wild = torch.tensor([2**31 - 1, -1, -(2**31), num_blocks], dtype=torch.int32)
-        columns = torch.arange(batch * max_blocks) % len(wild)
-        table.copy_(wild[columns].view(batch, max_blocks))
+    head = () if h_kv == 1 else (h_kv,)
+    kv = torch.full((num_blocks, block_size, *head, width), trap, dtype=dtype, device=device)
     order = torch.randperm(num_blocks, generator=generator, device=device)
-    taken = 0
-    for request, (length, blocks) in enumerate(zip(seq_lens, used, strict=True)):
-        ids = order[taken : taken + blocks]
-        taken += blocks
-        rows = torch.full((blocks * block_size, width), trap, dtype=torch.bfloat16, device=device)
-        rows[:length] = randn(length, width)
-        kv[ids] = rows.view(blocks, block_size, width)
-        table[request, :blocks] = ids.int()
+    ids = torch.split(order[: sum(used)], used)
+    for own, length, blocks in zip(ids, seq_lens, used, strict=True):
+        rows = torch.full((blocks * block_size, *head, width), trap, dtype=dtype, device=device)
+        rows[:length] = randn(length, *head, width)
+        kv[own] = rows.view(blocks, block_size, *head, width)
+    table = _block_table(ids, num_blocks, poison, device)
+    kv_indptr = None
+    if csr:
+        rows_of_ids = [row[: len(own) + 2] for row, own in zip(table, ids, strict=True)]
+        kv_indptr = _offsets([len(row) for row in rows_of_ids], device)
+        table = torch.cat(rows_of_ids)
+
+    cu_seqlens_q = None
+    if isinstance(new_tokens, int):
+        q = randn(len(seq_lens), new_tokens, num_heads, width)
+    else:
+        new_tokens = list(new_tokens)
+        cu_seqlens_q = _offsets(new_tokens, device)
+        padding = torch.full((padding_tokens, num_heads, width), trap, dtype=dtype, device=device)
+        q = torch.cat([randn(sum(new_tokens), num_heads, width), padding])
+    if attn_sink is not None:
+        attn_sink = torch.as_tensor(attn_sink, dtype=torch.float32, device=device)
     return Case(
         seq_lens=list(seq_lens),
         num_heads=num_heads,
         new_tokens=new_tokens,
         block_size=block_size,
-        q=randn(batch, new_tokens, num_heads, width),
+        q=q,
         kv_cache=kv
         if combined
         else (kv[..., :LATENT_DIM].contiguous(), kv[..., LATENT_DIM:].contiguous()),
         block_table=table,
         softmax_scale=width**-0.5 if softmax_scale is None else softmax_scale,
+        h_kv=h_kv,
+        cu_seqlens_q=cu_seqlens_q,
+        kv_indptr=kv_indptr,
+        causal=causal,
+        attn_sink=attn_sink,
+        lse_base=lse_base,
+        lse_empty=lse_empty,
     )
+
+
+def _block_table(
+    ids: Sequence[torch.Tensor], num_blocks: int, poison: bool, device: torch.device | str
+) -> torch.Tensor:
+    """Table ``[B, max_blocks]`` of the ids, with two entries to spare; wild ids with poison."""
+    batch, max_blocks = len(ids), max(map(len, ids)) + 2
+    table = torch.zeros(batch, max_blocks, dtype=torch.int32, device=device)
+    if poison:
+        wild = torch.tensor([2**31 - 1, -1, -(2**31), num_blocks], dtype=torch.int32)
+        columns = torch.arange(batch * max_blocks) % len(wild)
+        table.copy_(wild[columns].view(batch, max_blocks))
+    for row, own in zip(table, ids, strict=True):
+        row[: len(own)] = own.int()
+    return table
+
+
+def _offsets(sizes: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    """``[len(sizes) + 1]`` int32: where each range starts, and where the last one ends."""
+    ends = [0, *itertools.accumulate(sizes)]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
 
 
 def attention(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,36 +246,62 @@ def attention(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     Returns
     -------
     out : Tensor
-        ``[B, s_q, H, 512]`` float64; 0 for a query token that sees no key.
+        ``[B, s_q, H, 512]`` float64, ragged ``[T, H, 512]``; 0 for a query token that sees no
+        key, and for padding.
     lse : Tensor
-        ``[B, H, s_q]`` float64, natural log; +inf for a query token that sees no key.
+        ``[B, H, s_q]`` float64, ragged ``[T, H]``, in the case's base; the case's
+        ``lse_empty`` for a query token that sees no key, and for padding.
     """
-    outs, lses = [], []
-    for request, length in enumerate(case.seq_lens):
-        out, lse = _attention_of_request(case, request, length)
-        outs.append(out)
-        lses.append(lse)
-    return torch.stack(outs), torch.stack(lses)
+    shape = (case.total_tokens, case.num_heads)
+    out = torch.zeros(*shape, LATENT_DIM, dtype=torch.float64, device=case.q.device)
+    lse = torch.full(shape, -math.inf, dtype=torch.float64, device=case.q.device)
+    q = case.q.reshape(*shape, -1)
+    first, group = 0, case.heads_per_kv
+    for request, tokens in enumerate(case.tokens):
+        for kv_head in range(case.h_kv):
+            where = slice(first, first + tokens), slice(kv_head * group, (kv_head + 1) * group)
+            out[where], lse[where] = _attention_of_sequence(case, request, kv_head, q[where])
+        first += tokens
+    blind = lse == -math.inf
+    if case.attn_sink is not None:
+        share = 1 / (1 + (case.attn_sink.double() - lse).exp())
+        out *= share.masked_fill(blind, 0)[..., None]
+    lse = (lse / math.log(case.lse_base)).masked_fill(blind, case.lse_empty)
+    if case.cu_seqlens_q is not None:
+        return out, lse
+    return out.view(*case.q.shape[:3], LATENT_DIM), lse.view(case.q.shape[:3]).transpose(1, 2)
 
 
-def _attention_of_request(
-    case: Case, request: int, length: int
+def _attention_of_sequence(
+    case: Case, request: int, kv_head: int, q: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two-level softmax over chunks of keys, so that long requests fit in memory."""
-    device, heads, tokens = case.q.device, case.num_heads, case.new_tokens
-    q = case.q[request].double().reshape(tokens * heads, -1)
-    token = torch.arange(tokens * heads, device=device) // heads
-    last_visible = length - tokens + token
+    """Two-level softmax over chunks of keys, so that long requests fit in memory.
+
+    Takes q ``[tokens, heads, 576]``; returns O ``[tokens, heads, 512]`` and the natural LSE
+    ``[tokens, heads]``, -inf where no key is seen.
+    """
+    device, (tokens, heads, _) = q.device, q.shape
+    length = case.seq_lens[request]
+    q = q.double().reshape(tokens * heads, LATENT_DIM + ROPE_DIM)
+    token = torch.arange(tokens * heads, device=device) // max(heads, 1)
+    last_visible = length - tokens + token if case.causal else torch.full_like(token, length - 1)
     top = torch.full((len(q), 1), -math.inf, dtype=torch.float64, device=device)
     total = torch.zeros_like(top)
     acc = torch.zeros(len(q), LATENT_DIM, dtype=torch.float64, device=device)
-    chunk = _CHUNK // case.block_size * case.block_size
+    chunk = max(_CHUNK // case.block_size, 1) * case.block_size
+    block_ids = case.block_table if case.kv_indptr is not None else case.block_table[request]
+    if case.kv_indptr is not None:
+        block_ids = block_ids[int(case.kv_indptr[request]) :]
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         first, last = start // case.block_size, -(-end // case.block_size)
-        ids = case.block_table[request, first:last].long()
-        latent = case.latent[ids].reshape(-1, LATENT_DIM)[: end - start].double()
-        rope = case.rope[ids].reshape(-1, ROPE_DIM)[: end - start].double()
+        ids = block_ids[first:last].long()
+        latent, rope = (
+            (part[ids] if case.h_kv == 1 else part[ids][:, :, kv_head])
+            .reshape(-1, part.shape[-1])[: end - start]
+            .double()
+            for part in (case.latent, case.rope)
+        )
         scores = q[:, :LATENT_DIM] @ latent.T + q[:, LATENT_DIM:] @ rope.T
         scores *= case.softmax_scale
         position = torch.arange(start, end, device=device)
@@ -198,7 +315,7 @@ def _attention_of_request(
         top = new_top
     blind = total == 0
     out = torch.where(blind, 0.0, acc / total).view(tokens, heads, LATENT_DIM)
-    lse = torch.where(blind, math.inf, top + total.log()).view(tokens, heads).T
+    lse = torch.where(blind, -math.inf, top + total.log()).view(tokens, heads)
     return out, lse
 
 

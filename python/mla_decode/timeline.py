@@ -12,7 +12,9 @@ import torch
 from . import checks
 from .errors import QueueError, ShapeError
 from .planning import Plan, describe
-from .words import TIMING_WORDS, Instruction, Noop, Partial, Reduction
+from .words import TIMING_WORDS, Fill, Instruction, Noop, Partial, Reduction
+
+_KINDS = {Partial: "partial", Reduction: "reduction", Fill: "fill", Noop: "no-op"}
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ class Slice:
 
     @property
     def kind(self) -> str:
-        """``partial``, ``reduction`` or ``no-op``."""
-        return {Partial: "partial", Reduction: "reduction", Noop: "no-op"}[type(self.instruction)]
+        """``partial``, ``reduction``, ``fill`` or ``no-op``."""
+        return _KINDS[type(self.instruction)]
 
     @property
     def request(self) -> int | None:
-        """Request that a partial works for."""
+        """Sequence that a partial works for: the request itself where there is one KV head."""
         return self.instruction.q_batch if isinstance(self.instruction, Partial) else None
 
     @property
@@ -180,8 +182,16 @@ def describe_shape(plan: Plan) -> str:
         requests = f"{len(lengths)} request{'s' * (len(lengths) > 1)} of {text} tokens"
     else:
         requests = f"{len(lengths)} requests of {min(lengths):,} to {max(lengths):,} tokens"
-    tokens = f"{plan.new_tokens} new token{'s' * (plan.new_tokens > 1)}"
-    return f"{requests}, {tokens}, {plan.num_heads} heads"
+    return f"{requests}, {_describe_tokens(plan.new_tokens)}, {plan.num_heads} heads" + (
+        f" of {plan.num_kv_heads} KV heads" if plan.num_kv_heads > 1 else ""
+    )
+
+
+def _describe_tokens(new_tokens: int | tuple[int, ...]) -> str:
+    if isinstance(new_tokens, tuple) and len(set(new_tokens)) > 1:
+        return f"{min(new_tokens)} to {max(new_tokens)} new tokens"
+    count = new_tokens[0] if isinstance(new_tokens, tuple) else new_tokens
+    return f"{count} new token{'s' * (count != 1)}"
 
 
 def _microseconds(records: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
@@ -206,11 +216,7 @@ def _measured_slice(
 
 
 def _flows(slices: list[Slice]) -> tuple[tuple[int, int], ...]:
-    writers = {
-        s.instruction.slot: s.index
-        for s in slices
-        if not isinstance(s.instruction, Noop) and s.instruction.slot is not None
-    }
+    writers = {s.instruction.slot: s.index for s in slices if s.instruction.slot is not None}
     return tuple(
         (writers[slot], s.index)
         for s in slices

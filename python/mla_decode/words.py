@@ -2,6 +2,10 @@
 
 The numbers come from ``instructions/layout.h`` through the scheduler extension;
 this module only packs and unpacks them.
+
+A *sequence* is one KV head of one request, numbered ``kv_head * B + request``. Its *rows* are
+its (new token, query head) pairs, ``row = token * num_heads + head``, where ``num_heads`` are
+the query heads of one KV head. Rows ``[64 g, 64 g + 64)`` are a *row group*.
 """
 
 from __future__ import annotations
@@ -18,9 +22,13 @@ from ._scheduler import (
     INSTRUCTION_WORDS,
     KV_TILE,
     LATENT_DIM,
+    MAX_HEADS,
+    MAX_NEW_TOKENS,
     MAX_REDUCTION_INPUTS,
     MAX_ROWS,
+    MAX_RUN_INPUTS,
     OPCODE_END_OF_QUEUE,
+    OPCODE_MLA_FILL,
     OPCODE_MLA_PARTIAL,
     OPCODE_MLA_REDUCTION,
     OPCODE_NOOP,
@@ -34,19 +42,21 @@ __all__ = [
     "INSTRUCTION_WORDS",
     "KV_TILE",
     "LATENT_DIM",
+    "MAX_HEADS",
+    "MAX_NEW_TOKENS",
     "MAX_REDUCTION_INPUTS",
     "MAX_ROWS",
+    "MAX_RUN_INPUTS",
     "OPCODE_END_OF_QUEUE",
+    "OPCODE_MLA_FILL",
     "OPCODE_MLA_PARTIAL",
     "OPCODE_MLA_REDUCTION",
     "OPCODE_NOOP",
     "QUEUE_STATE_WORDS",
     "QUEUE_VERSION",
     "ROPE_DIM",
-    "SUPPORTED_BLOCK_SIZES",
-    "SUPPORTED_HEADS",
-    "SUPPORTED_NEW_TOKENS",
     "TIMING_WORDS",
+    "Fill",
     "Instruction",
     "Noop",
     "Partial",
@@ -54,17 +64,22 @@ __all__ = [
     "Words",
     "decode_queue",
     "decode_words",
+    "group_rows",
     "queue_length",
 ]
 
 Words: TypeAlias = npt.NDArray[np.int32]
 
-SUPPORTED_HEADS = (8, 16, 32, 64, 128)
-SUPPORTED_NEW_TOKENS = (1, 2, 3, 4)
-SUPPORTED_BLOCK_SIZES = (64, 128, 256)
-
-QUEUE_STATE_WORDS = 32  # int32 words of ``global_instruction_index``
+QUEUE_STATE_WORDS = 32  # int32 words of the queue state
 TIMING_WORDS = 8  # int32 words of one instruction's timing record
+
+_OPCODES = (
+    OPCODE_END_OF_QUEUE,
+    OPCODE_NOOP,
+    OPCODE_MLA_PARTIAL,
+    OPCODE_MLA_REDUCTION,
+    OPCODE_MLA_FILL,
+)
 
 
 @dataclass(frozen=True)
@@ -78,14 +93,19 @@ class Noop:
         words[:2] = OPCODE_NOOP, self.uid
         return words
 
+    @property
+    def slot(self) -> None:
+        """It writes no scratch slot."""
+        return None
+
 
 @dataclass(frozen=True)
 class Partial:
-    """Attention of some query rows of one request over KV positions ``[start, end)``.
+    """Attention of one row group of a sequence over its KV positions ``[start, end)``.
 
-    ``dst_batch >= 0`` names the request whose output it writes, ``dst_batch < 0`` the
-    scratch slot ``-dst_batch - 1``. Rows count ``(token, head)`` from token ``q_seq``;
-    ``num_rows`` 0 stands for all rows from ``row_begin`` on.
+    ``dst_batch >= 0`` names the sequence whose output it writes, ``dst_batch < 0`` the
+    scratch slot ``-dst_batch - 1``. Its first row is ``q_seq * num_heads + row_begin``, a
+    multiple of 64; ``num_rows`` 0 stands for all of the row group.
     """
 
     uid: int
@@ -121,62 +141,102 @@ class Partial:
         """Scratch slot that it writes, or None when it writes the output."""
         return -self.dst_batch - 1 if self.dst_batch < 0 else None
 
-    def flat_rows(self, new_tokens: int, num_heads: int) -> tuple[int, int]:
-        """First and last+1 row, counted from token 0 of the request."""
-        begin = self.q_seq * num_heads + self.row_begin
-        end = begin + self.num_rows if self.num_rows else new_tokens * num_heads
-        return begin, end
-
-    def tokens(self, new_tokens: int, num_heads: int) -> range:
-        """Query tokens that its rows touch."""
-        begin, end = self.flat_rows(new_tokens, num_heads)
-        return range(begin // num_heads, (end - 1) // num_heads + 1)
+    def rows(self, num_heads: int, sequence_rows: int) -> range:
+        """Rows of its sequence, which has ``sequence_rows`` of them."""
+        first = self.q_seq * num_heads + self.row_begin
+        return range(first, first + (self.num_rows or group_rows(first, sequence_rows)))
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Merges scratch slots for one token over a slice of heads and columns.
+    """Merges scratch slots of one row group over a slice of rows and columns.
 
-    ``num_heads`` 0 and ``num_cols`` 0 stand for all of them.
+    The type of ``inputs`` is the form of the words: a tuple lists up to 27 slots, a range
+    runs over up to 65,536 of them. Its first row is
+    ``dst_seq * num_heads + head_begin + row_offset``; only a run has a ``row_offset``.
+    ``num_rows`` 0 stands for the heads of token ``dst_seq`` from ``head_begin`` on,
+    ``num_cols`` 0 for all columns from ``col_begin`` on.
     """
 
     uid: int
     dst_batch: int
     dst_seq: int
-    inputs: tuple[int, ...]
+    inputs: tuple[int, ...] | range
     head_begin: int = 0
-    num_heads: int = 0
+    num_rows: int = 0
     col_begin: int = 0
     num_cols: int = 0
+    row_offset: int = 0
 
     def pack(self) -> Words:
-        words = np.zeros(INSTRUCTION_WORDS, np.int32)
+        run = isinstance(self.inputs, range)
+        words = np.zeros(INSTRUCTION_WORDS, np.int64)
         shape = (
-            len(self.inputs) - 1
+            (0 if run else len(self.inputs) - 1)
             | self.head_begin << 8
-            | self.num_heads << 16
+            | self.num_rows << 16
             | self.col_begin // COLUMN_CHUNK << 24
             | self.num_cols // COLUMN_CHUNK << 27
+            | run << 31
         )
         words[:5] = OPCODE_MLA_REDUCTION, self.uid, shape, self.dst_batch, self.dst_seq
-        words[5 : 5 + len(self.inputs)] = self.inputs
-        return words
+        if isinstance(self.inputs, range):
+            count = len(self.inputs)
+            words[5:9] = self.inputs.start, count, self.inputs.step, self.row_offset
+        else:
+            words[5 : 5 + len(self.inputs)] = self.inputs
+        return words.astype(np.int32)  # bit 31 of the shape becomes the sign
 
     @property
     def slot(self) -> int | None:
         """Scratch slot that it writes, or None when it writes the output."""
         return -self.dst_batch - 1 if self.dst_batch < 0 else None
 
-    def heads(self, num_heads: int) -> tuple[int, int]:
-        """First and last+1 head."""
-        return self.head_begin, self.head_begin + self.num_heads if self.num_heads else num_heads
+    def rows(self, num_heads: int) -> range:
+        """Rows of its sequence."""
+        first = self.dst_seq * num_heads + self.head_begin + self.row_offset
+        return range(first, first + (self.num_rows or num_heads - self.head_begin))
 
-    def columns(self) -> tuple[int, int]:
-        """First and last+1 output column."""
-        return self.col_begin, self.col_begin + self.num_cols if self.num_cols else LATENT_DIM
+    def columns(self) -> range:
+        """Output columns."""
+        end = self.col_begin + self.num_cols if self.num_cols else LATENT_DIM
+        return range(self.col_begin, end)
 
 
-Instruction: TypeAlias = Noop | Partial | Reduction
+@dataclass(frozen=True)
+class Fill:
+    """Writes what a row without keys has, O = 0 and its LSE, for all heads of some tokens.
+
+    Tokens ``[token_begin, token_end)`` are counted as the output counts them: all new tokens
+    of KV head 0, then those of KV head 1, and so on.
+    """
+
+    uid: int
+    token_begin: int
+    token_end: int
+
+    def pack(self) -> Words:
+        words = np.zeros(INSTRUCTION_WORDS, np.int32)
+        words[:4] = OPCODE_MLA_FILL, self.uid, self.token_begin, self.token_end
+        return words
+
+    @property
+    def slot(self) -> None:
+        """It writes no scratch slot."""
+        return None
+
+    @property
+    def tokens(self) -> range:
+        """Tokens of the output."""
+        return range(self.token_begin, self.token_end)
+
+
+Instruction: TypeAlias = Noop | Partial | Reduction | Fill
+
+
+def group_rows(first_row: int, sequence_rows: int) -> int:
+    """Rows of the row group that starts at ``first_row``: 64, the last group may be shorter."""
+    return min(MAX_ROWS, sequence_rows - first_row)
 
 
 def decode_words(row: Sequence[int] | Words) -> Instruction | None:
@@ -185,7 +245,7 @@ def decode_words(row: Sequence[int] | Words) -> Instruction | None:
     Raises
     ------
     QueueError
-        Unknown opcode, or more inputs than a reduction holds.
+        Unknown opcode, or no number of inputs that a reduction can have.
     """
     w = [int(x) for x in row]
     opcode, uid = w[0], w[1]
@@ -208,22 +268,39 @@ def decode_words(row: Sequence[int] | Words) -> Instruction | None:
         )
     if opcode == OPCODE_MLA_REDUCTION:
         shape = w[2]
-        count = (shape & 0xFF) + 1
-        if count > MAX_REDUCTION_INPUTS:
-            raise QueueError(
-                f"uid {uid}: word 2: {count} inputs, a reduction holds {MAX_REDUCTION_INPUTS}"
-            )
+        is_run = shape < 0
         return Reduction(
             uid=uid,
             dst_batch=w[3],
             dst_seq=w[4],
-            inputs=tuple(w[5 : 5 + count]),
+            inputs=_run_inputs(w) if is_run else _listed_inputs(w),
             head_begin=shape >> 8 & 0xFF,
-            num_heads=shape >> 16 & 0xFF,
+            num_rows=shape >> 16 & 0xFF,
             col_begin=(shape >> 24 & 0x7) * COLUMN_CHUNK,
             num_cols=(shape >> 27 & 0xF) * COLUMN_CHUNK,
+            row_offset=w[8] if is_run else 0,
         )
-    raise QueueError(f"uid {uid}: word 0: expected an opcode (-1, 0, 1, 2), got {opcode}")
+    if opcode == OPCODE_MLA_FILL:
+        return Fill(uid, token_begin=w[2], token_end=w[3])
+    raise QueueError(f"uid {uid}: word 0: expected an opcode {_OPCODES}, got {opcode}")
+
+
+def _listed_inputs(w: list[int]) -> tuple[int, ...]:
+    count = (w[2] & 0xFF) + 1
+    if count > MAX_REDUCTION_INPUTS:
+        raise QueueError(
+            f"uid {w[1]}: word 2: {count} inputs, a reduction lists {MAX_REDUCTION_INPUTS}"
+        )
+    return tuple(w[5 : 5 + count])
+
+
+def _run_inputs(w: list[int]) -> range:
+    first, count, step = w[5:8]
+    if not 1 <= count <= MAX_RUN_INPUTS:
+        raise QueueError(f"uid {w[1]}: word 6: expected 1 to {MAX_RUN_INPUTS} inputs, got {count}")
+    if step < 1:
+        raise QueueError(f"uid {w[1]}: word 7: expected a step of at least 1, got {step}")
+    return range(first, first + count * step, step)
 
 
 def queue_length(instructions: Words) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from . import checks
 from .errors import DeviceError, UnsupportedError
-from .words import LATENT_DIM, QUEUE_STATE_WORDS
+from .words import LATENT_DIM, MAX_ROWS, QUEUE_STATE_WORDS
 
 _MAX_VIEWS = 256  # kept by a workspace; a decoding loop sees few sizes
 
@@ -18,15 +18,15 @@ class WorkspaceViews:
     """A workspace seen with the sizes of one launch."""
 
     queue_state: torch.Tensor  # [32] int32
-    o_scratch: torch.Tensor  # [slots, s_q, H, 512] fp32
-    lvec_scratch: torch.Tensor  # [slots, s_q, H] fp32
-    completion_flag: torch.Tensor  # [slots, s_q] int32
+    o_scratch: torch.Tensor  # [slots, slot_rows, 512] fp32
+    lvec_scratch: torch.Tensor  # [slots, slot_rows] fp32
+    completion_flag: torch.Tensor  # [slots] int32
 
 
-def workspace_bytes(num_slots: int, new_tokens: int, num_heads: int) -> int:
+def workspace_bytes(num_slots: int, slot_rows: int) -> int:
     """Bytes of device memory that a workspace of these sizes takes."""
-    rows = num_slots * new_tokens * num_heads
-    return 4 * (rows * (LATENT_DIM + 1) + num_slots * new_tokens + QUEUE_STATE_WORDS)
+    rows = num_slots * slot_rows
+    return 4 * (rows * (LATENT_DIM + 1) + num_slots + QUEUE_STATE_WORDS)
 
 
 class Workspace:
@@ -40,23 +40,19 @@ class Workspace:
     ----------
     device : device
         Where to allocate.
-    num_slots, new_tokens, num_heads : int
-        Sizes to allocate at once; a plan's ``num_slots``, ``new_tokens``, ``num_heads``.
+    num_slots, slot_rows : int
+        Sizes to allocate at once: a plan's ``num_slots``, and the rows of a slot, which are
+        those of the batch's largest row group (at most 64).
     """
 
     def __init__(
         self,
         device: torch.device | str,
         num_slots: int = 0,
-        new_tokens: int = 1,
-        num_heads: int = 8,
+        slot_rows: int = MAX_ROWS,
     ) -> None:
-        for name, value in (
-            ("num_slots", num_slots),
-            ("new_tokens", new_tokens),
-            ("num_heads", num_heads),
-        ):
-            checks.require_int(name, value, 0, 1 << 31)
+        checks.require_int("num_slots", num_slots, 0, 1 << 31)
+        checks.require_int("slot_rows", slot_rows, 0, MAX_ROWS)
         # An empty tensor resolves "cuda" to the current device.
         self.device = torch.empty(0, device=device).device
         self._refuse_capture()
@@ -65,8 +61,8 @@ class Workspace:
         self._lvec = torch.empty(0, dtype=torch.float32, device=self.device)
         self._flags = torch.empty(0, dtype=torch.int32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
-        self._views: dict[tuple[int, int, int], WorkspaceViews] = {}
-        self.views(num_slots, new_tokens, num_heads)
+        self._views: dict[tuple[int, int], WorkspaceViews] = {}
+        self.views(num_slots, slot_rows)
 
     @property
     def nbytes(self) -> int:
@@ -74,26 +70,26 @@ class Workspace:
         held = [self._queue_state, self._o, self._lvec, self._flags, *self._outgrown]
         return sum(t.numel() * t.element_size() for t in held)
 
-    def views(self, num_slots: int, new_tokens: int, num_heads: int) -> WorkspaceViews:
+    def views(self, num_slots: int, slot_rows: int) -> WorkspaceViews:
         """Tensors of the given sizes, growing the buffers where they are too small."""
-        sizes = (num_slots, new_tokens, num_heads)
+        sizes = (num_slots, slot_rows)
         return self._views.get(sizes) or self._make_views(*sizes)
 
-    def _make_views(self, num_slots: int, new_tokens: int, num_heads: int) -> WorkspaceViews:
-        rows = num_slots * new_tokens * num_heads
+    def _make_views(self, num_slots: int, slot_rows: int) -> WorkspaceViews:
+        rows = num_slots * slot_rows
         self._o = self._grown(self._o, rows * LATENT_DIM)
         self._lvec = self._grown(self._lvec, rows)
-        self._flags = self._grown(self._flags, num_slots * new_tokens, zero=True)
+        self._flags = self._grown(self._flags, num_slots, zero=True)
         made = WorkspaceViews(
             self._queue_state,
-            self._o[: rows * LATENT_DIM].view(num_slots, new_tokens, num_heads, LATENT_DIM),
-            self._lvec[:rows].view(num_slots, new_tokens, num_heads),
+            self._o[: rows * LATENT_DIM].view(num_slots, slot_rows, LATENT_DIM),
+            self._lvec[:rows].view(num_slots, slot_rows),
             # Flags of an earlier layout are harmless: they are of an earlier epoch.
-            self._flags[: num_slots * new_tokens].view(num_slots, new_tokens),
+            self._flags[:num_slots],
         )
         if len(self._views) >= _MAX_VIEWS:
             self._views.clear()
-        self._views[num_slots, new_tokens, num_heads] = made
+        self._views[num_slots, slot_rows] = made
         return made
 
     def poison(self) -> None:

@@ -1,0 +1,75 @@
+// Both ends of an MLA partial's KV range: clearing rows of V that the request does
+// not have, and writing the output from registers.
+#pragma once
+
+#include "instructions/softmax.cuh"
+
+namespace mla {
+
+// Zeroes latent rows [first, 64) of a half tile, by one warpgroup. Swizzling permutes within a row
+// of a block only.
+__device__ __forceinline__ void clear_rows(uint32_t half_tile, int first) {
+    constexpr int kChunksPerRow = kBlockRowBytes / 16;
+    const int per_block = (kKvTile - first) * kChunksPerRow;
+    for (int i = mk::ptx::thread_in_cta() % kWarpgroupThreads; i < per_block * kHalfBlocks;
+         i += kWarpgroupThreads) {
+        const int chunk = (i / per_block * kKvTile + first) * kChunksPerRow + i % per_block;
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(latent_address(half_tile) +
+                                                                      chunk * 16),
+                     "r"(0)
+                     : "memory");
+    }
+}
+
+// How a warp writes its 16 rows of half the output: 512 bytes of each row go through shared memory
+// at a time, so that they leave as whole cache lines. The pad keeps the eight rows that a warp puts
+// down at once in different banks.
+template <class T>
+struct Staging {
+    static constexpr int kRowBytes = mk::kWarpThreads * sizeof(uint4);
+    static constexpr int kPitch = kRowBytes + 8 * sizeof(T);
+    static constexpr int kCols = kRowBytes / sizeof(T);
+    static constexpr int kWarpRows = 16;
+    static constexpr int kWarpBytes = kWarpRows * kPitch;
+    static_assert(4 * kWarpBytes <= sizeof(HalfTile), "a warpgroup stages in one page");
+};
+
+// Writes o * scale to the rows below num_rows, by way of `page`; `dst` is the first of this half's
+// columns in row 0 of the group.
+template <class T>
+__device__ __forceinline__ void store_rows(
+    const Accumulator& o, const RowScale& scale, uint32_t page, T* dst, int num_rows) {
+    using S = Staging<T>;
+    const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
+    const int warp = thread / mk::kWarpThreads, lane = thread % mk::kWarpThreads;
+    const int rows = min(S::kWarpRows, num_rows - warp * S::kWarpRows);
+    const uint32_t staged = page + warp * S::kWarpBytes;
+    const uint32_t put = staged + lane / 4 * S::kPitch + lane % 4 * 2 * sizeof(T);
+    dst += warp * S::kWarpRows * kLatentDim + lane * (S::kCols / mk::kWarpThreads);
+#pragma unroll
+    for (int first = 0; first < kHalfLatent; first += S::kCols) {
+#pragma unroll
+        for (int i = 0; i < S::kCols / 4; ++i) {  // groups of eight columns, upper and lower row
+            float2 pair = o.tiles[0][(first / 4 + i) / 4].data[i % 4];
+            pair.x *= scale.factor[i % 2];
+            pair.y *= scale.factor[i % 2];
+            const uint32_t to = put + i / 2 * 8 * sizeof(T) + i % 2 * 8 * S::kPitch;
+            if constexpr (std::is_same_v<T, float>) {
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(pair.x), "f"(pair.y)
+                             : "memory");
+            } else {
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(round_pair(pair, T{}))
+                             : "memory");
+            }
+        }
+        __syncwarp();
+#pragma unroll 4
+        for (int row = 0; row < rows; ++row) {
+            *reinterpret_cast<float4*>(dst + row * kLatentDim + first) =
+                mk::ptx::load_smem_float4(staged + row * S::kPitch + lane * sizeof(float4));
+        }
+        __syncwarp();
+    }
+}
+
+}  // namespace mla

@@ -1,0 +1,170 @@
+// The device planner on the host, for CPU tensors and for tests: one thread as the team.
+#include "python/bindings/device_plan.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "scheduler/problem.h"
+
+namespace py = pybind11;
+
+namespace {
+
+struct TeamOfOne {
+    int rank() const { return 0; }
+    int size() const { return 1; }
+    int lane() const { return 0; }
+    int lanes() const { return 1; }
+    int group() const { return 0; }
+    int num_groups() const { return 1; }
+    void sync() const {}
+    int64_t sum(int64_t x) const { return x; }
+    int max(int x) const { return x; }
+    template <class T>
+    T atomic_add(T* to, T x) const {
+        const T before = *to;
+        *to += x;
+        return before;
+    }
+    template <class T>
+    void atomic_max(T* to, T x) const {
+        *to = std::max(*to, x);
+    }
+    template <class T>
+    void atomic_min(T* to, T x) const {
+        *to = std::min(*to, x);
+    }
+    void prefix_sums(int64_t* values, int n) const {
+        int64_t before = 0;
+        for (int i = 0; i < n; ++i) {
+            const int64_t value = values[i];
+            values[i] = before;
+            before += value;
+        }
+        values[n] = before;
+    }
+};
+
+using IntArray = py::array_t<int32_t, py::array::c_style>;
+
+mla::DevicePlanProblem problem_of(int num_requests,
+                                  int num_kv_heads,
+                                  int s_q,
+                                  int total_tokens,
+                                  int num_heads,
+                                  int max_seq_len,
+                                  int num_workers,
+                                  int split_tiles) {
+    mla::DevicePlanProblem problem{};
+    problem.num_requests = num_requests;
+    problem.num_kv_heads = num_kv_heads;
+    problem.s_q = s_q;
+    problem.total_tokens = total_tokens;
+    problem.num_heads = num_heads;
+    problem.max_seq_len = max_seq_len;
+    problem.num_workers = num_workers;
+    problem.split_tiles = split_tiles;
+    mla::check_device_plan(problem);
+    return problem;
+}
+
+py::tuple capacity(int num_requests,
+                   int num_kv_heads,
+                   int s_q,
+                   int total_tokens,
+                   int num_heads,
+                   int max_seq_len,
+                   int num_workers,
+                   int split_tiles) {
+    const auto problem = problem_of(num_requests,
+                                    num_kv_heads,
+                                    s_q,
+                                    total_tokens,
+                                    num_heads,
+                                    max_seq_len,
+                                    num_workers,
+                                    split_tiles);
+    return py::make_tuple(mla::device_plan_rows(problem), mla::device_plan_capacity(problem).slots);
+}
+
+void plan(const IntArray& seq_lens,
+          const py::object& cu_seqlens_q,
+          int num_kv_heads,
+          int s_q,
+          int total_tokens,
+          int num_heads,
+          int max_seq_len,
+          int num_workers,
+          int split_tiles,
+          const std::vector<double>& cost,
+          IntArray& instructions,
+          IntArray& header) {
+    auto problem = problem_of(static_cast<int>(seq_lens.size()),
+                              num_kv_heads,
+                              s_q,
+                              total_tokens,
+                              num_heads,
+                              max_seq_len,
+                              num_workers,
+                              split_tiles);
+    problem.cost = mla::device_plan_cost(cost);
+    problem.seq_lens = seq_lens.data();
+    IntArray cu_seqlens;
+    if (!cu_seqlens_q.is_none()) {
+        cu_seqlens = cu_seqlens_q.cast<IntArray>();
+        if (cu_seqlens.size() != seq_lens.size() + 1) {
+            throw py::value_error("cu_seqlens_q: expected " + std::to_string(seq_lens.size() + 1) +
+                                  " numbers, got " + std::to_string(cu_seqlens.size()));
+        }
+        problem.cu_seqlens_q = cu_seqlens.data();
+    }
+    if (instructions.size() < mla::device_plan_rows(problem) * mla::kInstructionWords ||
+        header.size() < mla::kDevicePlanHeaderWords) {
+        throw py::value_error("instructions, header: too small for a plan of these sizes");
+    }
+    const auto needed = mla::device_plan_capacity(problem);
+    // operator new aligns to 16 bytes, as the state wants it.
+    const std::unique_ptr<unsigned char[]> memory(
+        new unsigned char[mla::device_plan_layout(problem, needed, nullptr, nullptr)]);
+    mla::DevicePlanState state;
+    mla::device_plan_layout(problem, needed, memory.get(), &state);
+    const TeamOfOne team;
+    mla::DevicePlanner<TeamOfOne>(team, problem, state)
+        .run(instructions.mutable_data(), header.mutable_data());
+}
+
+}  // namespace
+
+void bind_device_plan(py::module_& m) {
+    m.attr("DEVICE_PLAN_HEADER_WORDS") = static_cast<int>(mla::kDevicePlanHeaderWords);
+    m.def("device_plan_capacity",
+          &capacity,
+          py::kw_only(),
+          py::arg("num_requests"),
+          py::arg("num_kv_heads"),
+          py::arg("s_q"),
+          py::arg("total_tokens"),
+          py::arg("num_heads"),
+          py::arg("max_seq_len"),
+          py::arg("num_workers"),
+          py::arg("split_tiles"));
+    m.def("device_plan",
+          &plan,
+          py::kw_only(),
+          py::arg("seq_lens"),
+          py::arg("cu_seqlens_q"),
+          py::arg("num_kv_heads"),
+          py::arg("s_q"),
+          py::arg("total_tokens"),
+          py::arg("num_heads"),
+          py::arg("max_seq_len"),
+          py::arg("num_workers"),
+          py::arg("split_tiles"),
+          py::arg("cost"),
+          py::arg("instructions"),
+          py::arg("header"));
+}

@@ -1,0 +1,57 @@
+// A device plan's problem as Python passes it, for both extension modules.
+#pragma once
+
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "scheduler/cost_model.h"
+#include "scheduler/device_plan.h"
+#include "scheduler/problem.h"
+
+namespace mla {
+
+// `values` in the order of kCostFields, microseconds.
+inline DevicePlanCost device_plan_cost(const std::vector<double>& values) {
+    CostModel model;
+    if (values.size() != std::size(kCostFields)) {
+        throw std::invalid_argument("cost: expected " + std::to_string(std::size(kCostFields)) +
+                                    " numbers, got " + std::to_string(values.size()));
+    }
+    for (size_t i = 0; i < values.size(); ++i) model.*kCostFields[i].value = values[i];
+    check_cost_model(model);
+    const auto ns = [](double us) { return static_cast<int64_t>(std::llround(us * 1e3)); };
+    const auto ps = [](double us) { return static_cast<int64_t>(std::llround(us * 1e6)); };
+    DevicePlanCost cost{};
+    cost.launch = ns(model.launch_us);
+    cost.partial_fixed = ns(model.partial_fixed_us);
+    cost.partial_next = ns(model.partial_next_us);
+    cost.tile_compute = ns(model.partial_tile_compute_us);
+    cost.reduction_fixed = ns(model.reduction_fixed_us);
+    cost.dependency = ns(model.dependency_us);
+    cost.store_kib = ps(model.partial_store_kib_us);
+    cost.tile = ps(model.partial_tile_us);
+    cost.tile_contention = ps(model.partial_tile_contention_us);
+    cost.reduction_kib = ps(model.reduction_kib_us);
+    return cost;
+}
+
+// Throws std::invalid_argument unless every size can be planned for.
+inline void check_device_plan(const DevicePlanProblem& p) {
+    check_range("num_requests", p.num_requests, 1, 1 << 16);
+    check_range("num_kv_heads", p.num_kv_heads, 1, kMaxHeads);
+    check_range("num_heads", p.num_heads, 1, kMaxHeads);
+    check_range("s_q", p.s_q, 1, kMaxNewTokens);
+    check_range("total_tokens", p.total_tokens, 0, 1 << 24);
+    check_range("max_seq_len", p.max_seq_len, 0, INT32_MAX - 2 * kKvTile);
+    check_range("num_workers", p.num_workers, 1, kMaxWorkers);
+    check_range("split_tiles", p.split_tiles, 0, 1 << 20);
+    const DevicePlanCapacity capacity = device_plan_capacity(p);
+    check_range("instructions that a plan of these sizes may need",
+                capacity.instructions,
+                0,
+                (int64_t{1} << Counts::kBits) - 1);
+}
+
+}  // namespace mla

@@ -1,0 +1,253 @@
+"""``torch.ops.mla_decode``: schema, fake tensors, compilation, gradients refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mla_decode
+import pytest
+import torch
+from mla_decode.errors import DtypeError, ShapeError, UnsupportedError
+from mla_decode.reference import Case, attention, compare, make_case
+
+from tests.support import same_bits
+
+OPS = torch.ops.mla_decode
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def lengths_of(case: Case) -> torch.Tensor:
+    return torch.tensor(case.seq_lens, dtype=torch.int32, device=case.q.device)
+
+
+def positional(case: Case) -> tuple[Any, ...]:
+    return (
+        case.q,
+        case.kv_cache,
+        None if case.kv_indptr is not None else case.block_table,
+        lengths_of(case),
+    )
+
+
+def named(case: Case) -> dict[str, Any]:
+    return {
+        "cu_seqlens_q": case.cu_seqlens_q,
+        "kv_indptr": case.kv_indptr,
+        "kv_indices": None if case.kv_indptr is None else case.block_table,
+        "attn_sink": case.attn_sink,
+        "causal": case.causal,
+    }
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "uniform": {"new_tokens": 2},
+    "ragged": {"new_tokens": [1, 3, 0], "padding_tokens": 2, "csr": True},
+    "kv heads": {"h_kv": 2, "attn_sink": [0.5] * 8, "dtype": torch.float16},
+}
+
+
+@pytest.fixture(params=FORMS)
+def form(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return FORMS[request.param]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_passes(form: dict[str, Any], device: str) -> None:
+    # opcheck compares copies with ==, which no NaN survives.
+    case = make_case([130, 65, 0], 8, **form, poison=False, device=device)
+    results = torch.library.opcheck(OPS.decode.default, positional(case), named(case))
+    assert set(results.values()) == {"SUCCESS"}
+    out, lse = (
+        torch.zeros_like(case.q[..., :512].contiguous()),
+        OPS.decode(*positional(case), **named(case))[1],
+    )
+    options = {**named(case), "out": out, "lse": lse.clone()}
+    results = torch.library.opcheck(OPS.decode_out.default, positional(case), options)
+    assert set(results.values()) == {"SUCCESS"}
+    plan_options = {
+        "cu_seqlens_q": case.cu_seqlens_q,
+        "num_kv_heads": case.h_kv,
+        "total_tokens": case.total_tokens,
+        "max_seq_len": 130,
+    }
+    tokens = 1 if case.cu_seqlens_q is not None else case.new_tokens
+    results = torch.library.opcheck(OPS.plan.default, (lengths_of(case), 8, tokens), plan_options)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ops_give_what_decode_gives(form: dict[str, Any], device: str) -> None:
+    case = make_case([130, 65, 0], 8, **form, device=device)
+    q, kv, table, lengths = positional(case)
+    expected = mla_decode.decode(q, kv, table, lengths, **named(case))
+    for got in (OPS.decode(q, kv, table, lengths, **named(case)), case.poisoned_outputs()):
+        if bool(got[0].isnan().any()):
+            OPS.decode_out(q, kv, table, lengths, **named(case), out=got[0], lse=got[1])
+        assert same_bits(got[0], expected[0])
+        assert same_bits(got[1].contiguous(), expected[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("invariant", (False, True), ids=("balanced", "invariant"))
+def test_words_of_the_op_plan_serve_the_op_decode(
+    form: dict[str, Any], invariant: bool, device: str
+) -> None:
+    case = make_case([130, 65, 0], 8, **form, device=device)
+    limit = 256
+    words = OPS.plan(
+        lengths_of(case),
+        8,
+        1 if case.cu_seqlens_q is not None else case.new_tokens,
+        cu_seqlens_q=case.cu_seqlens_q,
+        num_kv_heads=case.h_kv,
+        total_tokens=case.total_tokens,
+        max_seq_len=limit,
+        batch_invariant=invariant,
+    )
+    q, kv, table, _ = positional(case)
+    options = {**named(case), "max_seq_len": limit, "batch_invariant": invariant}
+    out, lse = OPS.decode(q, kv, table, None, words, case.softmax_scale, **options)
+    assert compare(out, lse, *attention(case)).passed
+    with pytest.raises(ShapeError, match=r"plan: expected .* rows, as mla_decode.plan makes for"):
+        OPS.decode(q, kv, table, None, words[:-1], **options)
+
+
+def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+def around(case: Case, **options: Any) -> Callable[..., Any]:
+    """A function with work before and after decode."""
+
+    def function(
+        q: torch.Tensor, lengths: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = mla_decode.decode(q * 1, case.kv_cache, case.block_table, lengths, **options)
+        return out * 2, lse
+
+    return function
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", ("lengths", "list", "Plan", "DevicePlan", "out", "pair"))
+def test_decode_compiles_into_one_graph(given: str, device: str) -> None:
+    case = make_case([130, 65, 0], 8, 2, device=device)
+    lengths: Any = lengths_of(case)
+    options: dict[str, Any] = {"lse_base": 2.0, "lse_empty": -math.inf, "lse_layout": "th"}
+    expected, expected_lse = mla_decode.decode(
+        case.q, case.kv_cache, case.block_table, lengths, **options
+    )
+    if given == "list":
+        lengths = case.seq_lens
+    if given == "Plan":
+        options["plan"] = mla_decode.plan(case.seq_lens, 8, 2)
+        options["plan"].to(case.q.device)
+    if given == "DevicePlan":
+        made = mla_decode.DevicePlan(3, 8, 2, max_seq_len=130, device=device)
+        options["plan"], lengths = made.update(lengths), None
+    if given == "out":
+        options["out"] = torch.full_like(expected, math.nan)
+    if given == "pair":
+        pair = (case.latent.contiguous(), case.rope.contiguous())
+        case = Case(**{**vars(case), "kv_cache": pair})
+    out, lse = compiled(around(case, **options))(case.q, lengths)
+    assert compare(out / 2, lse, expected.double(), expected_lse.double()).passed
+    if given == "out":
+        assert compare(options["out"], lse, expected.double(), expected_lse.double()).passed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor_compiles_it(device: str) -> None:
+    case = make_case([130, 65], 8, 2, device=device)
+    expected = mla_decode.decode(case.q, case.kv_cache, case.block_table, lengths_of(case))
+    out, lse = compiled(around(case), "inductor")(case.q, lengths_of(case))
+    assert compare(out / 2, lse, expected[0].double(), expected[1].double()).passed
+
+
+def test_batch_sizes_may_be_symbolic() -> None:
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=backend)
+    def function(q: Any, kv: Any, table: Any, lengths: Any) -> Any:
+        return mla_decode.decode(q, kv, table, lengths)
+
+    for batch in (2, 3, 5):
+        case = make_case([65] * batch, 8)
+        out, lse = function(*positional(case))
+        assert compare(out, lse, *attention(case)).passed
+    assert len(graphs) == 1
+
+
+def test_arguments_that_an_op_cannot_take_are_refused() -> None:
+    case = make_case([65], 8)
+    function = compiled(around(case, workspace=mla_decode.Workspace("cpu")))
+    with pytest.raises(Exception, match="workspace: expected the default in compiled code"):
+        function(case.q, lengths_of(case))
+
+
+@pytest.mark.parametrize("name", ("decode", "decode_out"))
+def test_gradients_are_refused(name: str) -> None:
+    case = make_case([65], 8)
+    q, kv, table, lengths = positional(case)
+    learning = q.clone().requires_grad_()
+    out, lse = case.poisoned_outputs()
+    options = {"out": out, "lse": lse} if name == "decode_out" else {}
+    with pytest.raises(UnsupportedError, match=f"mla_decode::{name}: expected inputs that require"):
+        getattr(OPS, name)(learning, kv, table, lengths, **options)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            getattr(OPS, name)(learning, kv, table, lengths, **options)
+
+
+def test_fake_tensors_get_the_shapes_of_real_ones(form: dict[str, Any]) -> None:
+    case = make_case([130, 65, 0], 8, **form)
+    layouts = (None, "th") if case.cu_seqlens_q is not None else (None, "th", "bhs")
+    for layout in layouts:
+        real = OPS.decode(*positional(case), **named(case), lse_layout=layout)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake_inputs = [x if x is None else mode.from_tensor(x) for x in positional(case)]
+            options = {
+                k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v
+                for k, v in named(case).items()
+            }
+            fake = OPS.decode(*fake_inputs, **options, lse_layout=layout)
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+def test_ragged_plans_need_their_rows() -> None:
+    offsets = torch.tensor([0, 1, 3], dtype=torch.int32)
+    with pytest.raises(DtypeError, match="total_tokens: expected the rows of q"):
+        OPS.plan(torch.tensor([5, 6], dtype=torch.int32), 8, cu_seqlens_q=offsets, max_seq_len=9)
+
+
+@pytest.mark.gpu
+def test_ops_follow_the_current_stream_and_inference_mode() -> None:
+    case = make_case([700, 65], 16, device="cuda")
+    expected = OPS.decode(*positional(case))
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        out, lse = OPS.decode(*positional(case))
+    stream.synchronize()
+    assert same_bits(out, expected[0])
+    assert same_bits(lse, expected[1])
+
+
+@pytest.mark.gpu
+def test_ops_run_on_another_device_than_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = make_case([700, 65], 16, device="cuda:1")
+    with torch.cuda.device(0):
+        out, lse = OPS.decode(*positional(case))
+        mla_decode.synchronize("cuda:1")
+    assert compare(out, lse, *attention(case)).passed
