@@ -31,10 +31,11 @@ class Operand {
     __device__ explicit Operand(uint32_t address)
         : low_(__shfl_sync(~0u, address, 0) >> 4 | kLeadingBytes >> 4 << 16) {}
 
-    // The 16-deep slice `step` of the dimension that is summed over.
-    __device__ uint64_t slice(int step) const {
+    // The 16-deep slice `step` of the dimension that is summed over; transposed operands begin with
+    // swizzle block `block` of the other dimension.
+    __device__ uint64_t slice(int step, int block = 0) const {
         const int bytes = kTransposed
-                              ? step * 16 * kSwizzleBytes
+                              ? block * kBlockBytes + step * 16 * kSwizzleBytes
                               : step / kStepsPerBlock * kBlockBytes + step % kStepsPerBlock * 32;
         return static_cast<uint64_t>(kHigh) << 32 | (low_ + (bytes >> 4));
     }

@@ -67,28 +67,41 @@ namespace detail {
 
 inline uint64_t bytes(int64_t elements) { return static_cast<uint64_t>(elements) * kElementBytes; }
 
+inline uint64_t num_q_rows(const DecodeLayout& layout) {
+    return static_cast<uint64_t>(layout.num_kv_heads) * layout.total_tokens * layout.num_heads;
+}
+
+// No row group has more rows than a slot.
+inline bool is_narrow(const DecodeLayout& layout) { return layout.slot_rows <= kNarrowRows; }
+
 inline CUtensorMapDataType tensor_type(const DecodeLayout& layout) {
     return layout.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
 
-// Rows of queries, in boxes of one swizzle block.
-inline CUtensorMap encode_q(const char* name,
-                            const DecodeLayout& layout,
-                            const void* base,
-                            int width,
-                            int64_t row_stride,
-                            int box_rows,
-                            int box_cols) {
-    const auto rows =
-        static_cast<uint64_t>(layout.num_kv_heads) * layout.total_tokens * layout.num_heads;
+// Latent columns of queries, by the swizzle block: [row, block, column].
+inline CUtensorMap encode_q_latent(const DecodeLayout& layout, const void* base, int box_rows) {
+    const bool narrow = is_narrow(layout);
+    const mk::TensorMapSpec<3> spec{tensor_type(layout),
+                                    base,
+                                    {kBlockCols, num_q_rows(layout), kLatentBlocks},
+                                    {bytes(layout.q_nope_row_stride), kBlockRowBytes},
+                                    {kBlockCols,
+                                     static_cast<uint32_t>(box_rows),
+                                     static_cast<uint32_t>(narrow ? kLatentBlocks : kHalfBlocks)},
+                                    CU_TENSOR_MAP_SWIZZLE_128B};
+    return mk::encode_tensor_map("q_nope", spec);
+}
+
+inline CUtensorMap encode_q_rope(const DecodeLayout& layout, const void* base, int box_rows) {
+    const bool narrow = is_narrow(layout);
     const mk::TensorMapSpec<2> spec{
         tensor_type(layout),
         base,
-        {static_cast<uint64_t>(width), rows},
-        {bytes(row_stride)},
-        {static_cast<uint32_t>(box_cols), static_cast<uint32_t>(box_rows)},
-        box_cols == kBlockCols ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
-    return mk::encode_tensor_map(name, spec);
+        {kRopeDim, num_q_rows(layout)},
+        {bytes(layout.q_pe_row_stride)},
+        {static_cast<uint32_t>(narrow ? kRopeDim : kHalfRope), static_cast<uint32_t>(box_rows)},
+        narrow ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B};
+    return mk::encode_tensor_map("q_pe", spec);
 }
 
 // Half the latent columns of a tile, or one swizzle block of a lower box.
@@ -141,11 +154,9 @@ inline int kv_box_rows(int block_size) {
     return 0;
 }
 
-// The lowest box that brings all rows of a group at once; where sequences differ in their tokens,
-// that of one token.
-inline int q_box_rows(const DecodeLayout& layout, bool ragged) {
-    const int rows = layout.num_heads * (ragged ? 1 : layout.s_q);
-    return std::min(kMaxRows, (rows + 7) / 8 * 8);
+// All rows of a group at once.
+inline int q_box_rows(const DecodeLayout& layout) {
+    return is_narrow(layout) ? (layout.slot_rows + 7) / 8 * 8 : kMaxRows;
 }
 
 }  // namespace detail
@@ -168,7 +179,7 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     g.block_shift = detail::log2_exact(layout.block_size);
     g.table_stride = layout.table_stride;
     g.kv_box_rows = detail::kv_box_rows(layout.block_size);
-    g.q_box_rows = detail::q_box_rows(layout, ragged);
+    g.q_box_rows = detail::q_box_rows(layout);
     g.causal = layout.causal;
     g.scale_log2 = static_cast<float>(layout.softmax_scale * kLog2E);
     g.lse_scale = layout.lse_base2 ? 1.f : kLn2;
@@ -177,16 +188,17 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     g.rope_strides = detail::byte_strides(layout.rope_strides);
     const auto [sequence_stride, token_stride, head_stride] = layout.lse_strides;
     g.lse_sequence_stride = sequence_stride;
-    g.lse_token_stride = layout.s_q == 1 && !ragged ? sequence_stride : token_stride;
+    // A sequence stride of 0: the LSE is laid out by the token.
+    g.lse_by_token = ragged || layout.s_q == 1 || sequence_stride == 0 ||
+                     sequence_stride == layout.s_q * token_stride;
+    const bool token_is_sequence = !ragged && layout.s_q == 1 && sequence_stride != 0;
+    g.lse_token_stride = token_is_sequence ? sequence_stride : token_stride;
     g.lse_head_stride = head_stride;
-    g.lse_by_token = ragged || layout.s_q == 1 || sequence_stride == layout.s_q * token_stride;
     const bool shared = ragged || layout.s_q * layout.num_heads > kMaxRows;
     g.kv_policy = shared ? mk::ptx::kEvictNormal : mk::ptx::kEvictFirst;
 
-    g.q_latent = detail::encode_q(
-        "q_nope", layout, p.q_nope, kLatentDim, layout.q_nope_row_stride, g.q_box_rows, kBlockCols);
-    g.q_rope = detail::encode_q(
-        "q_pe", layout, p.q_pe, kRopeDim, layout.q_pe_row_stride, g.q_box_rows, kHalfRope);
+    g.q_latent = detail::encode_q_latent(layout, p.q_nope, g.q_box_rows);
+    g.q_rope = detail::encode_q_rope(layout, p.q_pe, g.q_box_rows);
     if (g.kv_box_rows > 0) {
         g.kv_latent = detail::encode_latent(layout, p.latent, g.kv_box_rows);
         g.kv_rope = detail::encode_rope(layout, p.rope, g.kv_box_rows);
@@ -217,28 +229,33 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     return g;
 }
 
-// Enqueues one of the megakernels; each element type has a translation unit of its own, see
-// python/bindings/.
-template <class Element, bool kWholeTileBoxes, bool kTimed>
+// Enqueues one of the megakernels. Each element type, narrow or not, has a translation unit of its
+// own, see python/bindings/.
+template <class Element, bool kNarrow, bool kWholeTileBoxes, bool kTimed>
 void launch_variant(const MlaGlobals& globals, int num_ctas, int device, cudaStream_t stream) {
-    using Plain = MlaConfig<Element, kWholeTileBoxes>;
+    using Plain = MlaConfig<Element, kWholeTileBoxes, kNarrow>;
     using Config = std::conditional_t<kTimed, mk::WithTimings<Plain>, Plain>;
     mk::launch<Config, MlaOps<Config>>(globals, num_ctas, device, stream);
 }
 
-template <class Element>
-void launch_element(
+template <class Element, bool kNarrow>
+void launch_family(
     const MlaGlobals& globals, bool timed, int num_ctas, int device, cudaStream_t stream) {
     const bool whole = globals.kv_box_rows == kKvTile;
-    const auto launch =
-        whole
-            ? (timed ? &launch_variant<Element, true, true> : &launch_variant<Element, true, false>)
-            : (timed ? &launch_variant<Element, false, true>
-                     : &launch_variant<Element, false, false>);
+    const auto launch = whole ? (timed ? &launch_variant<Element, kNarrow, true, true>
+                                       : &launch_variant<Element, kNarrow, true, false>)
+                              : (timed ? &launch_variant<Element, kNarrow, false, true>
+                                       : &launch_variant<Element, kNarrow, false, false>);
     launch(globals, num_ctas, device, stream);
 }
-extern template void launch_element<kittens::bf16>(const MlaGlobals&, bool, int, int, cudaStream_t);
-extern template void launch_element<kittens::half>(const MlaGlobals&, bool, int, int, cudaStream_t);
+extern template void launch_family<kittens::bf16, true>(
+    const MlaGlobals&, bool, int, int, cudaStream_t);
+extern template void launch_family<kittens::bf16, false>(
+    const MlaGlobals&, bool, int, int, cudaStream_t);
+extern template void launch_family<kittens::half, true>(
+    const MlaGlobals&, bool, int, int, cudaStream_t);
+extern template void launch_family<kittens::half, false>(
+    const MlaGlobals&, bool, int, int, cudaStream_t);
 
 // Enqueues the decode of one queue. Throws std::runtime_error; launches nothing then.
 inline void launch_decode(const DecodeLayout& layout,
@@ -247,8 +264,11 @@ inline void launch_decode(const DecodeLayout& layout,
     const mk::DeviceGuard guard(layout.device);
     const MlaGlobals globals = make_globals(layout, pointers, options);
     const int num_ctas = options.num_ctas > 0 ? options.num_ctas : mk::num_sms(layout.device);
+    const bool narrow = detail::is_narrow(layout);
     const auto launch =
-        layout.fp16 ? &launch_element<kittens::half> : &launch_element<kittens::bf16>;
+        layout.fp16
+            ? (narrow ? &launch_family<kittens::half, true> : &launch_family<kittens::half, false>)
+            : (narrow ? &launch_family<kittens::bf16, true> : &launch_family<kittens::bf16, false>);
     launch(globals, pointers.timings != nullptr, num_ctas, layout.device, options.stream);
 }
 

@@ -14,15 +14,18 @@ static_assert(kInstructionWords == mk::kInstructionWords);
 
 // A megakernel's config with the type of Q, KV, P and O (bf16 or half, 2 bytes both), and whether a
 // box of the copy engine brings a whole tile of KV. Cache blocks of another size have a kernel of
-// their own: its loaders want registers, and code that nobody runs costs others a microsecond.
-template <class Element_, bool kWholeTileBoxes_>
+// their own: its loaders want registers, and code that nobody runs costs others a microsecond. So
+// have batches whose row groups are all narrow, of at most kNarrowRows.
+template <class Element_, bool kWholeTileBoxes_, bool kNarrow_>
 struct MlaConfig : mk::DefaultConfig {
     using Element = Element_;
     static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
+    static constexpr bool kNarrow = kNarrow_;
     static constexpr int kConsumerRegisters = kWholeTileBoxes ? 232 : 216;
     static constexpr int kControlRegisters = kWholeTileBoxes ? 40 : 72;
 };
 inline constexpr int kElementBytes = 2;
+inline constexpr int kNarrowRows = 32;
 
 // A page holds half the width of a 64-row tile of Q or of KV: 256 latent columns, as four
 // 64-column blocks swizzled over 128 bytes, and 32 rope columns, swizzled over 64 bytes. So both
@@ -61,7 +64,8 @@ struct Strides {
 };
 
 struct MlaGlobals {
-    // Q [tokens * heads, width]: boxes of q_box_rows rows x one swizzle block.
+    // Q [tokens * heads, width]: boxes of q_box_rows rows, latent columns by the half tile, in a
+    // narrow kernel all of them.
     CUtensorMap q_latent;
     CUtensorMap q_rope;
     // KV [kv_blocks, kv_heads, block_size, width]: boxes of kv_box_rows positions; latent columns
@@ -92,7 +96,7 @@ struct MlaGlobals {
     int32_t block_size;   // KV positions per block of the cache
     int32_t block_shift;  // its logarithm; -1: no power of two
     int32_t kv_box_rows;  // 64, 32 or 16 positions by the copy engine; 0: row by row
-    int32_t q_box_rows;   // a multiple of 8
+    int32_t q_box_rows;   // 64; in a narrow kernel a multiple of 8
     int32_t num_requests;
     int32_t num_kv_heads;
     int32_t total_tokens;  // of one KV head

@@ -32,7 +32,7 @@ struct DefaultConfig {
     static constexpr int kNumSmemPages = 6;
     static constexpr int kSmemPageBytes = 36 * 1024;
     // The consumers' own, within one instruction.
-    static constexpr int kScratchBytes = 9 * 1024 + 256;
+    static constexpr int kScratchBytes = 9 * 1024 + 512;
     static constexpr int kInstructionRing = 4;  // instructions in flight in one CTA
     static constexpr int kSemaphoresPerInstruction = 16;
 

@@ -102,6 +102,20 @@ __device__ __forceinline__ void tensor_load_2d(
         : "memory");
 }
 
+__device__ __forceinline__ void tensor_load_3d(
+    uint32_t dst, const CUtensorMap& map, uint32_t mbar, int c0, int c1, int c2, uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(dst),
+        "l"(&map),
+        "r"(mbar),
+        "r"(c0),
+        "r"(c1),
+        "r"(c2),
+        "l"(policy)
+        : "memory");
+}
+
 __device__ __forceinline__ void tensor_load_4d(uint32_t dst,
                                                const CUtensorMap& map,
                                                uint32_t mbar,
@@ -191,6 +205,34 @@ __device__ __forceinline__ float4 load_smem_float4(uint32_t address) {
     return value;
 }
 
+__device__ __forceinline__ void store_smem_float4(uint32_t address, const float4& value) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                 "f"(value.x),
+                 "f"(value.y),
+                 "f"(value.z),
+                 "f"(value.w)
+                 : "memory");
+}
+
+// ---- 8 x 8 matrices of 16-bit elements ------------------------------------------
+
+// A warp's four matrices, each transposed: lane l gives the place of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&m)[4]) {
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+        "r"(m[0]),
+        "r"(m[1]),
+        "r"(m[2]),
+        "r"(m[3])
+        : "memory");
+}
+
+__device__ __forceinline__ uint32_t transpose_matrix(uint32_t m) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(m));
+    return transposed;
+}
+
 // ---- global memory ----------------------------------------------------------
 
 __device__ __forceinline__ int32_t load_acquire_gpu(const int32_t* pointer) {
@@ -219,6 +261,22 @@ __device__ __forceinline__ void store_relaxed_gpu(int32_t* pointer, int32_t valu
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same; true for all if it is for any of them.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool mine) {
+    uint32_t any;
+    asm volatile(
+        "{\n"
+        ".reg .pred mine, any;\n"
+        "setp.ne.u32 mine, %3, 0;\n"
+        "barrier.cta.red.or.pred any, %1, %2, mine;\n"
+        "selp.u32 %0, 1, 0, any;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(mine))
+        : "memory");
+    return any != 0;
 }
 
 __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {

@@ -1,0 +1,188 @@
+// How a partial's loader brings half tiles of KV into pages, by the size of the
+// cache's blocks.
+#pragma once
+
+#include "instructions/fragments.cuh"
+#include "instructions/partial_work.cuh"
+
+namespace mla {
+
+// Block ids of the request, of its first position on.
+__device__ inline const int32_t* block_ids_of(const MlaGlobals& g, const PartialWork& work) {
+    const int request = g.request_of(work.sequence);
+    if (g.kv_indptr != nullptr) [[unlikely]]
+        return g.block_ids + __ldg(&g.kv_indptr[request]);
+    return g.block_ids + static_cast<int64_t>(request) * g.table_stride;
+}
+
+// By the copy engine, in one, two or four boxes a tile.
+template <int kBoxes>
+class BoxLoader {
+  public:
+    __device__ BoxLoader(const MlaGlobals& g, const PartialWork& work, int lane)
+        : g_(g),
+          ids_(block_ids_of(g, work)),
+          kv_head_(g.kv_head_of(work.sequence)),
+          start_(work.start),
+          end_(work.end),
+          lane_(lane),
+          next_id_(look_up(0)) {
+        open_window(0);
+    }
+
+    __device__ void begin_tile(int tile) {
+        const int first = tile * kBoxes;
+        if (first > 0 && first % mk::kWarpThreads == 0) open_window(first);
+#pragma unroll
+        for (int box = 0; box < kBoxes; ++box) {
+            block_[box] = __shfl_sync(~0u, id_, first % mk::kWarpThreads + box);
+            row_[box] = __shfl_sync(~0u, in_block_, first % mk::kWarpThreads + box);
+        }
+    }
+
+    __device__ void load_half(int tile, int half, uint32_t page, uint32_t full) const {
+        if (lane_ != 0) return;
+        // A box that begins past the end is left out, and what it would hold never used.
+        const int positions = end_ - start_ - tile * kKvTile;
+        const int num_boxes = kBoxes == 1 ? 1 : min(kBoxes, (positions + kRows - 1) / kRows);
+        mk::ptx::mbar_arrive_expect_tx(full, num_boxes * kRows * kHalfRowBytes);
+#pragma unroll
+        for (int box = 0; box < kBoxes; ++box) {
+            if (box < num_boxes) load_box(half, page, full, box);
+        }
+    }
+
+  private:
+    static constexpr int kRows = kKvTile / kBoxes;
+    // Only a box as high as the tile can bring all swizzle blocks at once.
+    static constexpr int kBlocksPerBox = kBoxes == 1 ? kHalfBlocks : 1;
+
+    __device__ void load_box(int half, uint32_t page, uint32_t full, int box) const {
+#pragma unroll
+        for (int block = 0; block < kHalfBlocks; block += kBlocksPerBox) {
+            mk::ptx::tensor_load_5d(
+                latent_address(page) + (block * kKvTile + box * kRows) * kBlockRowBytes,
+                g_.kv_latent,
+                full,
+                0,
+                row_[box],
+                half * kHalfBlocks + block,
+                kv_head_,
+                block_[box],
+                g_.kv_policy);
+        }
+        mk::ptx::tensor_load_4d(rope_address(page) + box * kRows * kRopeRowBytes,
+                                g_.kv_rope,
+                                full,
+                                half * kHalfRope,
+                                row_[box],
+                                kv_head_,
+                                block_[box],
+                                g_.kv_policy);
+    }
+
+    // Of the lane's box in the window of 32 that begins with box `first`.
+    __device__ int position(int first) const { return start_ + (first + lane_) * kRows; }
+    // Entries past the request's last block are never read: they may hold anything.
+    __device__ int look_up(int first) const {
+        const int at = position(first);
+        return at < end_ ? __ldg(&ids_[g_.block_of(at)]) : 0;
+    }
+    // Windows follow each other; what the next one needs is read ahead.
+    __device__ void open_window(int first) {
+        id_ = next_id_;
+        in_block_ = g_.place_in_block(position(first));
+        next_id_ = look_up(first + mk::kWarpThreads);
+    }
+
+    const MlaGlobals& g_;
+    const int32_t* ids_;
+    int kv_head_, start_, end_, lane_;
+    int id_, in_block_, next_id_;      // of the lane's box
+    int block_[kBoxes], row_[kBoxes];  // of the tile's boxes
+};
+
+// Row by row, 16 bytes a lane, for blocks that no box fits. Lane l looks up rows l and
+// l + 32 of a tile, a tile ahead.
+class RowLoader {
+  public:
+    __device__ RowLoader(const MlaGlobals& g, const PartialWork& work, int lane)
+        : g_(g),
+          ids_(block_ids_of(g, work)),
+          kv_head_(g.kv_head_of(work.sequence)),
+          end_(work.end),
+          lane_(lane),
+          position_(work.start + lane) {
+        look_up();
+    }
+
+    __device__ void begin_tile(int) {
+#pragma unroll
+        for (int i = 0; i < kRowsPerLane; ++i) {
+            // A block outside the cache is not read.
+            const bool exists = 0 <= next_id_[i] && next_id_[i] < g_.num_blocks;
+            id_[i] = exists ? next_id_[i] : -1;
+            row_[i] = g_.place_in_block(position(i));
+        }
+        position_ += kKvTile;
+        look_up();
+    }
+
+    // Four rows at a time, eight lanes a row: 128 bytes of each swizzle block, then the
+    // first four lanes of each row its rope.
+    __device__ void load_half(int, int half, uint32_t page, uint32_t full) const {
+        const int row_of_four = lane_ / kLanesPerRow, chunk = lane_ % kLanesPerRow;
+        const int64_t column = half * kHalfLatent * kElementBytes + chunk * 16;
+        const char* latent = g_.latent + kv_head_ * g_.latent_strides.head + column;
+        const char* rope =
+            g_.rope + kv_head_ * g_.rope_strides.head + half * kRopeRowBytes + chunk * 16;
+#pragma unroll
+        for (int i = 0; i < kRowsPerLane; ++i) {
+#pragma unroll 2
+            for (int from = 0; from < mk::kWarpThreads; from += kRowsAtOnce) {
+                const int row = i * mk::kWarpThreads + from + row_of_four;
+                const int64_t id = __shfl_sync(~0u, id_[i], from + row_of_four);
+                const int64_t in_block = __shfl_sync(~0u, row_[i], from + row_of_four);
+                const char* src =
+                    latent + id * g_.latent_strides.block + in_block * g_.latent_strides.token;
+                const uint32_t dst =
+                    latent_address(page) + row * kBlockRowBytes + (chunk ^ row % 8) * 16;
+#pragma unroll
+                for (int block = 0; block < kHalfBlocks; ++block) {
+                    mk::ptx::copy_16_bytes_if(id >= 0,
+                                              dst + block * kKvTile * kBlockRowBytes,
+                                              src + block * kBlockRowBytes);
+                }
+                mk::ptx::copy_16_bytes_if(
+                    id >= 0 && chunk < kRopeChunks,
+                    rope_address(page) + row * kRopeRowBytes + (chunk ^ row / 2 % kRopeChunks) * 16,
+                    rope + id * g_.rope_strides.block + in_block * g_.rope_strides.token);
+            }
+        }
+        mk::ptx::arrive_when_copied(full);
+    }
+
+  private:
+    static constexpr int kRowsPerLane = kKvTile / mk::kWarpThreads;
+    static constexpr int kLanesPerRow = kBlockRowBytes / 16;
+    static constexpr int kRowsAtOnce = mk::kWarpThreads / kLanesPerRow;
+    static constexpr int kRopeChunks = kRopeRowBytes / 16;
+
+    __device__ int position(int i) const { return position_ + i * mk::kWarpThreads; }
+    __device__ void look_up() {
+#pragma unroll
+        for (int i = 0; i < kRowsPerLane; ++i) {
+            const int at = position(i);
+            next_id_[i] = at < end_ ? __ldg(&ids_[g_.block_of(at)]) : -1;
+        }
+    }
+
+    const MlaGlobals& g_;
+    const int32_t* ids_;
+    int kv_head_, end_, lane_;
+    int position_;  // of the lane's first row, in the tile to come
+    // Of the lane's rows; id -1: no such row.
+    int id_[kRowsPerLane], row_[kRowsPerLane], next_id_[kRowsPerLane];
+};
+
+}  // namespace mla

@@ -1,0 +1,148 @@
+// Online softmax of a partial of few rows. Positions lie across a warpgroup's
+// threads, so maxima and sums of a row are found together: by votes and through shared memory.
+#pragma once
+
+#include "instructions/narrow_fragments.cuh"
+#include "instructions/softmax.cuh"
+
+namespace mla {
+
+// What the four warps of a warpgroup tell each other of every row.
+struct NarrowExchange {
+    float of_warp[4][kNarrowRows];
+};
+
+// Of a thread's rows: one float each.
+struct NarrowRow {
+    float of[kThreadRows];
+};
+
+// Over the lanes that hold the same rows.
+template <class Combine>
+__device__ __forceinline__ float across_positions(float x, Combine combine) {
+#pragma unroll
+    for (int step = 4; step < mk::kWarpThreads; step *= 2) {
+        x = combine(x, __shfl_xor_sync(~0u, x, step));
+    }
+    return x;
+}
+
+// Each warp writes one number per row.
+__device__ __forceinline__ void publish(NarrowExchange& to, const NarrowRow& row) {
+    const int thread = mk::ptx::thread_in_cta();
+    if (thread % mk::kWarpThreads >= 4) return;
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+        to.of_warp[thread % kWarpgroupThreads / mk::kWarpThreads][thread_row(r)] = row.of[r];
+    }
+}
+
+// Scores of positions at or past `visible` of their row become -inf, whatever was read for them.
+__device__ __forceinline__ void hide_past(NarrowScores& s, const int* visible, int first_position) {
+    const int position = first_position + fragment_row();
+#pragma unroll
+    for (int r = 0; r < kThreadRows; ++r) {
+        const int end = visible[thread_row(r)];
+        if (position >= end) element(s, r, 0) = -INFINITY;
+        if (position + 8 >= end) element(s, r, 1) = -INFINITY;
+    }
+}
+
+// Running maximum, in units of log2, the same in all threads that hold a row; and the sum over
+// this thread's positions.
+struct NarrowState {
+    NarrowRow max, sum;
+
+    // Rows past num_rows hold what happened to lie in shared memory: nothing exceeds their maximum.
+    __device__ explicit NarrowState(int num_rows) {
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) {
+            max.of[r] = thread_row(r) < num_rows ? -INFINITY : INFINITY;
+            sum.of[r] = 0.f;
+        }
+    }
+
+    // Does a score exceed its row's maximum by so much that the maximum has to move? See RowState.
+    __device__ __forceinline__ bool is_exceeded(NarrowScores& s, float scale_log2) const {
+        bool exceeded = false;
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) {
+            const float top = fmaxf(element(s, r, 0), element(s, r, 1));
+            exceeded |= top * scale_log2 > max.of[r] + RowState::kSlack;
+        }
+        return exceeded;
+    }
+
+    // Moves the maxima of all rows to what the warpgroup has seen.
+    template <class Sync>
+    __device__ __forceinline__ void raise_max(
+        NarrowScores& s, NarrowOutput& o, float scale_log2, NarrowExchange& exchange, Sync sync) {
+        NarrowRow top;
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) {
+            top.of[r] = across_positions(fmaxf(element(s, r, 0), element(s, r, 1)),
+                                         [](float x, float y) { return fmaxf(x, y); }) *
+                        scale_log2;
+        }
+        publish(exchange, top);
+        sync();
+        NarrowRow factor;
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) {
+            float to = max.of[r];
+#pragma unroll
+            for (int warp = 0; warp < 4; ++warp) {
+                to = fmaxf(to, exchange.of_warp[warp][thread_row(r)]);
+            }
+            factor.of[r] = mk::ptx::exp2_approx(max.of[r] - RowState::finite(to));
+            if (max.of[r] == -INFINITY) factor.of[r] = 1.f;  // nothing summed yet
+            max.of[r] = to;
+            sum.of[r] *= factor.of[r];
+        }
+#pragma unroll
+        for (int block = 0; block < kLatentBlocks; ++block) {
+#pragma unroll
+            for (int r = 0; r < kThreadRows; ++r) {
+                element(o.block[block], r, 0) *= factor.of[r];
+                element(o.block[block], r, 1) *= factor.of[r];
+            }
+        }
+    }
+
+    // Turns scores into P and writes it, transposed.
+    template <class Element>
+    __device__ __forceinline__ void weigh(NarrowScores& s,
+                                          NarrowPTile<Element>& p,
+                                          float scale_log2) {
+        uint32_t packed[kThreadRows];  // [row pair][upper or lower position]
+#pragma unroll
+        for (int r = 0; r < kThreadRows; r += 2) {
+#pragma unroll
+            for (int lower = 0; lower < 2; ++lower) {
+                float2 e;
+                e.x = mk::ptx::exp2_approx(
+                    fmaf(element(s, r, lower), scale_log2, -RowState::finite(max.of[r])));
+                e.y = mk::ptx::exp2_approx(
+                    fmaf(element(s, r + 1, lower), scale_log2, -RowState::finite(max.of[r + 1])));
+                sum.of[r] += e.x;
+                sum.of[r + 1] += e.y;
+                packed[r + lower] = round_pair(e, Element{});
+            }
+        }
+        // Matrices of a store: two row octets times upper and lower positions. A row of P is 128
+        // bytes, eight chunks that are swizzled by the row.
+        const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
+        const int warp = thread / mk::kWarpThreads, lane = thread % mk::kWarpThreads;
+        const int row = lane / 16 * 8 + lane % 8, chunk = 2 * warp + lane / 8 % 2;
+        const uint32_t at =
+            mk::ptx::smem_address(&p) + row * kBlockRowBytes + (chunk ^ row % 8) * 16;
+#pragma unroll
+        for (int half = 0; half < kNarrowRows / 16; ++half) {
+            const uint32_t m[4] = {
+                packed[4 * half], packed[4 * half + 1], packed[4 * half + 2], packed[4 * half + 3]};
+            mk::ptx::store_matrices_transposed(at + half * 16 * kBlockRowBytes, m);
+        }
+    }
+};
+
+}  // namespace mla

@@ -1,0 +1,97 @@
+// What a partial is asked to do, and how it uses pages and semaphores: what its
+// loader and its consumers agree on.
+#pragma once
+
+#include "instructions/mla_globals.cuh"
+
+namespace mla {
+
+// The words, decoded.
+struct PartialWork {
+    using Words = PartialWords;
+
+    int dst_batch, sequence, start, end, length, num_tiles;
+    TokenSpan tokens;
+    int first_row, num_rows;  // of the sequence
+
+    __device__ PartialWork(const MlaGlobals& g, const int32_t* words) {
+        dst_batch = words[Words::kDstBatch];
+        sequence = words[Words::kQBatch];
+        start = words[Words::kStart];
+        end = words[Words::kEnd];
+        length = words[Words::kLength];
+        tokens = g.tokens_of(sequence);
+        first_row = words[Words::kQSeq] * g.num_heads + words[Words::kRowBegin];
+        num_rows = words[Words::kNumRows];
+        if (num_rows == 0) num_rows = min(kMaxRows, tokens.count * g.num_heads - first_row);
+        num_tiles = num_tiles_of(words);
+    }
+    __device__ static int num_tiles_of(const int32_t* words) {
+        return (words[Words::kEnd] - words[Words::kStart] + kKvTile - 1) / kKvTile;
+    }
+
+    // KV positions that a row of the group may see: [0, visible).
+    __device__ int visible(const MlaGlobals& g, int row) const {
+        if (!g.causal || tokens.count == 1) return min(end, length);
+        return min(end, length - tokens.count + (first_row + row) / g.num_heads + 1);
+    }
+    // The row as q and the output count it.
+    __device__ int flat_row(const MlaGlobals& g, int row) const {
+        return tokens.first * g.num_heads + first_row + row;
+    }
+    // Leading tiles that every row sees in full.
+    __device__ int num_plain_tiles(const MlaGlobals& g) const {
+        return max(0, visible(g, 0) - start) / kKvTile;
+    }
+};
+
+// Q lies in the first pages. The others are a ring of half tiles of KV: tile 0 left, tile 0 right,
+// tile 1 left, ... A narrow kernel's Q needs one page only, so its ring has one more.
+template <class Config>
+struct PartialPages {
+    static_assert(sizeof(HalfTile) == Config::kSmemPageBytes);
+    static constexpr int kQPages = Config::kNarrow ? 1 : 2;
+    static constexpr int kRing = Config::kNumSmemPages - kQPages;
+
+    enum Semaphore {
+        kQFull = 0,
+        kKvFull,                     // + place in the ring
+        kKvEmpty = kKvFull + kRing,  // + place in the ring
+        kOutputStored = kKvEmpty + kRing,
+        kNumSemaphores,
+    };
+
+    __device__ static int place(int half_tile) { return half_tile % kRing; }
+    // How often its place in the ring has been used before.
+    __device__ static int round(int half_tile) { return half_tile / kRing; }
+    __device__ static int page(int half_tile) { return kQPages + place(half_tile); }
+
+    // The k-th page that a partial of so many tiles lets go of: those of the ring in its order, the
+    // unused ones first, then Q's.
+    __device__ static int released_page(int num_tiles, int k) {
+        return k < kRing ? page(2 * num_tiles + k) : k - kRing;
+    }
+
+    // For consumers: a half tile is there.
+    template <class State>
+    __device__ static void wait_half(const MlaGlobals& g, const State& state, int half_tile) {
+        state.wait(kKvFull + place(half_tile), round(half_tile));
+        // What lanes copied came through the generic proxy; the tensor cores read through the
+        // other one.
+        if (!Config::kWholeTileBoxes && g.kv_box_rows == 0) mk::ptx::fence_proxy_async_smem();
+    }
+
+    // For the warps of one warpgroup: it has been read, and its page goes to a later half tile or
+    // to the next instruction.
+    template <class State>
+    __device__ static void release_half(const State& state, int half_tile, int num_tiles) {
+        if (mk::ptx::thread_in_cta() % mk::kWarpThreads != 0) return;
+        if (half_tile + kRing < 2 * num_tiles) {
+            state.arrive(kKvEmpty + place(half_tile));
+        } else {
+            state.release_page(page(half_tile), 1);
+        }
+    }
+};
+
+}  // namespace mla

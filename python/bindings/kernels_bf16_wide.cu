@@ -1,0 +1,5 @@
+// The megakernels for bf16, row groups of up to 64 rows.
+#include "instructions/mla_decode.cuh"
+
+template void mla::launch_family<kittens::bf16, false>(
+    const mla::MlaGlobals&, bool, int, int, cudaStream_t);

@@ -1,0 +1,5 @@
+// The megakernels for fp16, row groups of at most 32 rows.
+#include "instructions/mla_decode.cuh"
+
+template void mla::launch_family<kittens::half, true>(
+    const mla::MlaGlobals&, bool, int, int, cudaStream_t);
