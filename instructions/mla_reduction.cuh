@@ -42,6 +42,7 @@ struct MlaReduction {
         const int32_t* listed;  // null: a run
         int num_inputs, run_first, run_step;
         int dst_batch, first_row, num_rows, col_begin, num_cols;
+        int flat_row;        // first_row as the output counts it
         int rows_per_chunk;  // in 1/65536
 
         __device__ Work(const MlaGlobals& g, const State& state) {
@@ -53,6 +54,8 @@ struct MlaReduction {
             dst_batch = state.word(Words::kDstBatch);
             const int row_offset = shape.is_run ? state.word(Words::kRunRowOffset) : 0;
             first_row = state.word(Words::kDstSeq) * g.num_heads + shape.head_begin + row_offset;
+            flat_row = first_row;
+            if (!writes_scratch(dst_batch)) flat_row += g.tokens_of(dst_batch).first * g.num_heads;
             num_rows = shape.num_rows > 0 ? shape.num_rows : g.num_heads - shape.head_begin;
             col_begin = shape.col_begin;
             num_cols = shape.num_cols > 0 ? shape.num_cols : kLatentDim - col_begin;
@@ -108,21 +111,26 @@ struct MlaReduction {
     struct Consumer {
         __device__ static void run(const MlaGlobals& g, State& state) {
             const Work work(g, state);
+            note_sinks(g, state, work);
             state.wait(kInputsVisible, 0);
             if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
             const int sharing = work.teams_per_chunk();
             if (sharing > 1) {
                 merge_shared(g, state, work, sharing);
             } else if (work.num_inputs <= 2) {
-                merge<kInFlight / 2>(g, work);
+                merge<kInFlight / 2>(g, state, work);
             } else if (work.num_inputs <= 4) {
-                merge<kInFlight / 4>(g, work);
+                merge<kInFlight / 4>(g, state, work);
             } else {
-                merge<1>(g, work);
+                merge<1>(g, state, work);
             }
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+            store_lses(g, state, work);
             if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeEnd);
             __syncwarp();
             if (threadIdx.x % mk::kWarpThreads == 0) state.arrive(kResultStored);
+            // Nobody begins the next instruction's scratch before all have read this one's.
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         }
 
       private:
@@ -175,13 +183,12 @@ struct MlaReduction {
             }
         };
 
-        // Where a thread works: a row, and the first of four columns.
+        // Where a thread works: a row of the instruction, and the first of four columns.
         struct Place {
             int row, col;
             __device__ Place(const Work& work, int chunk)
-                : row(work.first_row + work.row_of_chunk(chunk)),
-                  col(work.col_begin +
-                      (chunk - work.row_of_chunk(chunk) * work.chunks_per_row()) * kColumnChunk +
+                : row(work.row_of_chunk(chunk)),
+                  col(work.col_begin + (chunk - row * work.chunks_per_row()) * kColumnChunk +
                       threadIdx.x % kTeamThreads * kColumnsPerThread) {}
         };
 
@@ -197,7 +204,7 @@ struct MlaReduction {
             lse_log2 = -INFINITY;
             value = {0.f, 0.f, 0.f, 0.f};
             if (!exists) return;
-            const int at = work.slot(input) * g.slot_rows + place.row % kMaxRows;
+            const int at = work.slot(input) * g.slot_rows + (work.first_row + place.row) % kMaxRows;
             lse_log2 = __ldcg(g.lse_log2_scratch + at);
             value = __ldcg(reinterpret_cast<const float4*>(
                 g.o_scratch + static_cast<int64_t>(at) * kLatentDim + place.col));
@@ -205,7 +212,7 @@ struct MlaReduction {
 
         // A team per chunk, kChunks of them at a time.
         template <int kChunks>
-        __device__ static void merge(const MlaGlobals& g, const Work& work) {
+        __device__ static void merge(const MlaGlobals& g, const State& state, const Work& work) {
             constexpr int kInputs = kInFlight / kChunks;
             for (int first = threadIdx.x / kTeamThreads; first < work.num_chunks();
                  first += kChunks * kTeams) {
@@ -230,7 +237,9 @@ struct MlaReduction {
 #pragma unroll
                 for (int c = 0; c < kChunks; ++c) {
                     const int chunk = first + c * kTeams;
-                    if (chunk < work.num_chunks()) store(g, work, Place(work, chunk), sums[c]);
+                    if (chunk < work.num_chunks()) {
+                        store(g, state, work, Place(work, chunk), sums[c]);
+                    }
                 }
             }
         }
@@ -257,58 +266,84 @@ struct MlaReduction {
                     }
                     sum.add_inputs(lse_log2, values);
                 }
-                parts(state)[team][lane] = sum;
+                scratch(state).parts[team][lane] = sum;
             }
             barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
             if (has_chunk && part == 0) {
                 Sum sum;
                 for (int other = 0; other < sharing; ++other) {
-                    sum.add(parts(state)[team + other][lane]);
+                    sum.add(scratch(state).parts[team + other][lane]);
                 }
-                store(g, work, place, sum);
+                store(g, state, work, place, sum);
             }
-            // Nobody begins the next instruction's scratch before all have read this one's.
+        }
+
+        // Where a partial keeps P, which it has read before its last barrier.
+        struct Scratch {
+            Sum parts[kTeams][kTeamThreads];
+            float sink_log2[kMaxRows];
+            float lse_log2[kMaxRows];
+        };
+        static_assert(sizeof(Scratch) <= Config::kScratchBytes);
+        __device__ static Scratch& scratch(const State& state) {
+            return *reinterpret_cast<Scratch*>(state.scratch());
+        }
+
+        // While the inputs are not there yet.
+        __device__ static void note_sinks(const MlaGlobals& g,
+                                          const State& state,
+                                          const Work& work) {
+            const int row = threadIdx.x;
+            if (row < work.num_rows) {
+                float sink_log2 = -INFINITY;
+                if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
+                    const int flat = work.flat_row + row;
+                    sink_log2 = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
+                }
+                scratch(state).sink_log2[row] = sink_log2;
+            }
             barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         }
 
-        // They lie where a partial keeps P, which it has read before its last barrier.
-        using Parts = Sum[kTeamThreads];
-        static_assert(sizeof(Parts) * kTeams <= Config::kScratchBytes);
-        __device__ static Parts* parts(const State& state) {
-            return reinterpret_cast<Parts*>(state.scratch());
-        }
-
         __device__ static void store(const MlaGlobals& g,
+                                     const State& state,
                                      const Work& work,
                                      const Place& place,
                                      const Sum& sum) {
             const bool seen = sum.total > 0.f;  // did any input see a key
-            const float lse_log2 = seen ? sum.top + __log2f(sum.total) : -INFINITY;
+            Scratch& shared = scratch(state);
+            if (place.col == work.col_begin) {
+                shared.lse_log2[place.row] = seen ? sum.top + __log2f(sum.total) : -INFINITY;
+            }
+            const float sink = mk::ptx::exp2_approx(shared.sink_log2[place.row] - sum.top);
+            const float scale = seen ? mk::ptx::reciprocal_approx(sum.total + sink) : 0.f;
+            const float4 v = {
+                sum.value.x * scale, sum.value.y * scale, sum.value.z * scale, sum.value.w * scale};
             if (writes_scratch(work.dst_batch)) {
-                const float scale = seen ? 1.f / sum.total : 0.f;
-                const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), place.row);
-                *reinterpret_cast<float4*>(&g.o_scratch[at * kLatentDim + place.col]) = {
-                    sum.value.x * scale,
-                    sum.value.y * scale,
-                    sum.value.z * scale,
-                    sum.value.w * scale};
-                if (threadIdx.x % kTeamThreads == 0) g.lse_log2_scratch[at] = lse_log2;
+                const int64_t at =
+                    g.scratch_row(scratch_slot(work.dst_batch), work.first_row + place.row);
+                *reinterpret_cast<float4*>(&g.o_scratch[at * kLatentDim + place.col]) = v;
                 return;
             }
-            const int flat = g.tokens_of(work.dst_batch).first * g.num_heads + place.row;
-            float total = sum.total;
-            if (g.attn_sink != nullptr) {
-                const float sink = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
-                total += mk::ptx::exp2_approx(sink - sum.top);
+            const int64_t at = static_cast<int64_t>(work.flat_row + place.row) * kLatentDim;
+            const uint2 rounded = {round_pair({v.x, v.y}, Element{}),
+                                   round_pair({v.z, v.w}, Element{})};
+            *reinterpret_cast<uint2*>(reinterpret_cast<Element*>(g.out) + at + place.col) = rounded;
+        }
+
+        __device__ static void store_lses(const MlaGlobals& g,
+                                          const State& state,
+                                          const Work& work) {
+            const int row = threadIdx.x;
+            if (row >= work.num_rows) return;
+            const float lse_log2 = scratch(state).lse_log2[row];
+            if (writes_scratch(work.dst_batch)) {
+                const int slot = scratch_slot(work.dst_batch);
+                g.lse_log2_scratch[g.scratch_row(slot, work.first_row + row)] = lse_log2;
+            } else if (work.col_begin == 0) {
+                const int flat = work.flat_row + row;
+                g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
             }
-            const float scale = seen ? 1.f / total : 0.f;
-            const uint2 rounded = {
-                round_pair({sum.value.x * scale, sum.value.y * scale}, Element{}),
-                round_pair({sum.value.z * scale, sum.value.w * scale}, Element{})};
-            Element* out = reinterpret_cast<Element*>(g.out);
-            *reinterpret_cast<uint2*>(&out[static_cast<int64_t>(flat) * kLatentDim + place.col]) =
-                rounded;
-            if (place.col == 0) g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
         }
     };
 

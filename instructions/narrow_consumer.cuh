@@ -99,12 +99,14 @@ struct NarrowConsumer {
     __device__ static void score(
         const MlaGlobals& g, const State& state, NarrowScores& s, const NarrowQ& q, int tile) {
         const int left = 2 * tile, right = left + 1;
+        NarrowScores sums[2];
         Pages::wait_half(g, state, left);
-        multiply_scores<Element, true>(s, q, page_address(state, Pages::page(left)));
+        multiply_scores<Element, true>(sums, q, page_address(state, Pages::page(left)));
         Pages::wait_half(g, state, right);
-        multiply_scores<Element, false>(s, q, page_address(state, Pages::page(right)));
+        multiply_scores<Element, false>(sums, q, page_address(state, Pages::page(right)));
         kittens::warpgroup::mma_commit_group();
         kittens::warpgroup::mma_async_wait();
+        kittens::add(s, sums[0], sums[1]);
     }
 
     // V rows past the request's length meet P = 0, but NaN * 0 is NaN: they become 0.
@@ -150,40 +152,38 @@ struct NarrowConsumer {
                                   NarrowState& rows) {
         const PartialWork work(g, state.words());
         Scratch& shared = scratch(state);
-#pragma unroll
-        for (float& sum : rows.sum.of) {
-            sum = across_positions(sum, [](float x, float y) { return x + y; });
-        }
-        publish(shared.exchange[group()], rows.sum);
-        publish_max(shared.max[group()], rows.max);
+        rows.publish_sums(shared.exchange[group()], shared.max[group()]);
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        if (mk::ptx::thread_in_cta() < kNarrowRows) weigh_groups(g, state, work);
+        // Nobody reads Q any more: its page is for the output now.
+        float lse_log2 = 0.f;
+        if (is_rows_thread(work)) lse_log2 = weigh_groups(g, state, work);
         merge(state, o, work.num_rows);
+        if (writes_scratch(work.dst_batch)) {
+            const int64_t row = g.scratch_row(scratch_slot(work.dst_batch), 0);
+            store(state, o, g.o_scratch + row * kLatentDim, work.num_rows);
+        } else {
+            const int64_t row = work.flat_row(g, 0);
+            store(state, o, reinterpret_cast<Element*>(g.out) + row * kLatentDim, work.num_rows);
+        }
+        if (is_rows_thread(work)) store_lse(g, work, lse_log2);
 
-        // The other's columns have been read: Q's page goes to the next instruction.
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         const bool first_lane = mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
         if (group() == 0 && first_lane) state.release_page(kQPage, 1);
-        store(g, work, o);
         if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
-        __syncwarp();
         if (first_lane) state.arrive(Pages::kOutputStored);
     }
 
-    __device__ static void publish_max(float* to, const NarrowRow& max) {
-        if (mk::ptx::thread_in_cta() % kWarpgroupThreads >= 4) return;
-#pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) to[thread_row(r)] = max.of[r];
+    // One thread per row looks after its LSE and its weights.
+    __device__ static bool is_rows_thread(const PartialWork& work) {
+        return mk::ptx::thread_in_cta() < work.num_rows;
     }
-
-    // A row's LSE, and what each warpgroup's output counts in it. One thread per row.
-    __device__ static void weigh_groups(const MlaGlobals& g,
-                                        const State& state,
-                                        const PartialWork& work) {
+    __device__ static float weigh_groups(const MlaGlobals& g,
+                                         const State& state,
+                                         const PartialWork& work) {
         Scratch& shared = scratch(state);
         const int row = mk::ptx::thread_in_cta();
-        if (row >= work.num_rows) return;
         const float top = fmaxf(shared.max[0][row], shared.max[1][row]);
         float factor[kGroups], total = 0.f;
 #pragma unroll
@@ -194,124 +194,156 @@ struct NarrowConsumer {
             for (int warp = 0; warp < 4; ++warp) sum += shared.exchange[group].of_warp[warp][row];
             total += factor[group] * sum;
         }
-        const float lse_log2 = total > 0.f ? top + __log2f(total) : -INFINITY;
+        const bool seen = total > 0.f;
+        const float lse_log2 = seen ? top + __log2f(total) : -INFINITY;
+        if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
+            const int flat = work.flat_row(g, row);
+            const float sink_log2 = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
+            total += mk::ptx::exp2_approx(sink_log2 - RowState::finite(top));
+        }
+        const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
+        shared.factor[0][row] = factor[0] * inverse;
+        shared.factor[1][row] = factor[1] * inverse;
+        return lse_log2;
+    }
+    __device__ static void store_lse(const MlaGlobals& g, const PartialWork& work, float lse_log2) {
+        const int row = mk::ptx::thread_in_cta();
         if (writes_scratch(work.dst_batch)) {
             g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), row)] = lse_log2;
         } else {
             const int flat = work.flat_row(g, row);
-            const int token = flat / g.num_heads, head = flat % g.num_heads;
-            g.store_lse(token, head, lse_log2);
-            if (total > 0.f) total += mk::ptx::exp2_approx(g.sink_log2(token, head) - top);
+            g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
         }
-        const float inverse = total > 0.f ? 1.f / total : 0.f;
-        shared.factor[0][row] = factor[0] * inverse;
-        shared.factor[1][row] = factor[1] * inverse;
     }
 
-    // The warpgroups give each other the columns that they do not write, by way of Q's page, thread
-    // by thread and in two rounds. Leaves the output in the first half of the blocks.
+    // The warpgroups give each other the columns that they do not write, thread by thread: sixteen
+    // rows at a time, which fill the page. Leaves the output in the first half of the blocks.
+    static constexpr int kThreadPairs = kThreadRows / 2;
+    static constexpr int kRowsAtOnce = 16;
     __device__ static void merge(const State& state, NarrowOutput& o, int num_rows) {
-        constexpr int kRounds = 2, kAtOnce = kHalfBlocks / kRounds;
-        constexpr int kGroupVectors = kAtOnce * kThreadPairs;  // of four floats, per thread
-        static_assert(kGroups * kGroupVectors * kWarpgroupThreads * sizeof(float4) <=
-                      Config::kSmemPageBytes);
-        const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
-        const uint32_t page = page_address(state, kQPage) + thread * sizeof(float4);
+        constexpr int kPairs = kRowsAtOnce / 8;              // of a thread's rows
+        constexpr int kGroupVectors = kHalfBlocks * kPairs;  // of four floats, per thread
         constexpr uint32_t kStep = kWarpgroupThreads * sizeof(float4);
+        static_assert(kGroups * kGroupVectors * kStep <= Config::kSmemPageBytes);
+        const uint32_t page =
+            page_address(state, kQPage) +
+            mk::ptx::thread_in_cta() % kWarpgroupThreads * static_cast<uint32_t>(sizeof(float4));
         const uint32_t given = page + group() * kGroupVectors * kStep;
         const uint32_t taken = page + (1 - group()) * kGroupVectors * kStep;
 #pragma unroll
-        for (int round = 0; round < kRounds; ++round) {
-            if (round > 0) barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+        for (int first = 0; first < kThreadPairs; first += kPairs) {
+            if (first * 8 >= num_rows) break;
+            if (first > 0) barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
 #pragma unroll
             for (int i = 0; i < kGroupVectors; ++i) {
-                const int pair = i % kThreadPairs;
-                if (pair * 8 >= num_rows) continue;
-                const int block = kHalfBlocks + round * kAtOnce + i / kThreadPairs;
-                mk::ptx::store_smem_float4(given + i * kStep, four(o.block[block], pair));
+                mk::ptx::store_smem_float4(
+                    given + i * kStep, four(o.block[kHalfBlocks + i / kPairs], first + i % kPairs));
             }
             barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
 #pragma unroll
-            for (int i = 0; i < kGroupVectors; ++i) {
-                const int pair = i % kThreadPairs;
-                if (pair * 8 >= num_rows) continue;
-                add_weighted(state,
-                             o.block[round * kAtOnce + i / kThreadPairs],
-                             pair,
-                             mk::ptx::load_smem_float4(taken + i * kStep));
+            for (int pair = first; pair < first + kPairs; ++pair) {
+                const int row = thread_row(2 * pair);
+                const auto& factor = scratch(state).factor;
+                const auto own = *reinterpret_cast<const float2*>(&factor[group()][row]);
+                const auto others = *reinterpret_cast<const float2*>(&factor[1 - group()][row]);
+#pragma unroll
+                for (int block = 0; block < kHalfBlocks; ++block) {
+                    add_weighted(
+                        o.block[block],
+                        pair,
+                        own,
+                        mk::ptx::load_smem_float4(taken + (block * kPairs + pair - first) * kStep),
+                        others);
+                }
             }
         }
     }
 
     // Of a pair of a thread's rows: the upper elements of both, then the lower ones.
-    static constexpr int kThreadPairs = kThreadRows / 2;
     __device__ static float4 four(NarrowBlock& block, int pair) {
         return {element(block, 2 * pair, 0),
                 element(block, 2 * pair + 1, 0),
                 element(block, 2 * pair, 1),
                 element(block, 2 * pair + 1, 1)};
     }
-    __device__ static void add_weighted(const State& state,
-                                        NarrowBlock& block,
-                                        int pair,
-                                        const float4& others) {
-        const auto& factor = scratch(state).factor;
-        const auto own_factor =
-            *reinterpret_cast<const float2*>(&factor[group()][thread_row(2 * pair)]);
-        const auto others_factor =
-            *reinterpret_cast<const float2*>(&factor[1 - group()][thread_row(2 * pair)]);
-        const auto add = [](float& to, float weight, float x, float x_weight) {
-            to = to * weight + x * x_weight;
+    __device__ static void add_weighted(
+        NarrowBlock& block, int pair, float2 weight, const float4& others, float2 others_weight) {
+        const auto add = [](float& to, float own, float x, float x_weight) {
+            to = to * own + x * x_weight;
         };
-        add(element(block, 2 * pair, 0), own_factor.x, others.x, others_factor.x);
-        add(element(block, 2 * pair + 1, 0), own_factor.y, others.y, others_factor.y);
-        add(element(block, 2 * pair, 1), own_factor.x, others.z, others_factor.x);
-        add(element(block, 2 * pair + 1, 1), own_factor.y, others.w, others_factor.y);
+        add(element(block, 2 * pair, 0), weight.x, others.x, others_weight.x);
+        add(element(block, 2 * pair + 1, 0), weight.y, others.y, others_weight.y);
+        add(element(block, 2 * pair, 1), weight.x, others.z, others_weight.x);
+        add(element(block, 2 * pair + 1, 1), weight.y, others.w, others_weight.y);
     }
 
-    // Writes this warpgroup's half of the columns.
-    __device__ static void store(const MlaGlobals& g, const PartialWork& work, NarrowOutput& o) {
-        const int warp_col = group() * kHalfLatent + fragment_row() / 16 * 16;
+    // A row of a warpgroup's columns, on its way out. The pad keeps the rows that a warp puts down
+    // at once in different banks.
+    template <class T>
+    static constexpr int kStagedRowBytes = kHalfLatent * sizeof(T) + 16;
+
+    // Puts sixteen rows of a warpgroup's columns into shared memory: floats one by one, what is
+    // rounded by matrices of eight by eight.
+    __device__ static void stage(NarrowOutput& o, int first, uint32_t staged, int pitch, float) {
         const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
-        if (writes_scratch(work.dst_batch)) {
-            const int64_t row = g.scratch_row(scratch_slot(work.dst_batch), 0);
-            float* dst = g.o_scratch + row * kLatentDim + warp_col + lane / 4;
-            store_floats(dst + lane % 4 * 2 * kLatentDim, work.num_rows - lane % 4 * 2, o);
-        } else {
-            Element* dst = reinterpret_cast<Element*>(g.out) +
-                           static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            dst += warp_col + lane / 4 * kLatentDim + lane % 4 * 2;
-            store_rounded(dst, work.num_rows - lane / 4, o);
-        }
-    }
-
-    // `dst`: column `lane / 4` of the thread's first row, which has num_rows from it on.
-    __device__ static void store_floats(float* dst, int num_rows, NarrowOutput& o) {
+        const uint32_t to =
+            staged + lane % 4 * 2 * pitch + fragment_row() * static_cast<uint32_t>(sizeof(float));
 #pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) {
-            const int row = r / 2 * 8 + r % 2;
-            if (row >= num_rows) break;
+        for (int r = 0; r < kRowsAtOnce / 4; ++r) {
 #pragma unroll
             for (int i = 0; i < 2 * kHalfBlocks; ++i) {
-                dst[row * kLatentDim + i / 2 * kBlockCols + i % 2 * 8] =
-                    element(o.block[i / 2], r, i % 2);
+                mk::ptx::store_smem_float(
+                    to + (r / 2 * 8 + r % 2) * pitch +
+                        (i / 2 * kBlockCols + i % 2 * 8) * static_cast<int>(sizeof(float)),
+                    element(o.block[i / 2], 2 * first + r, i % 2));
             }
         }
     }
+    template <class T>
+    __device__ static void stage(NarrowOutput& o, int first, uint32_t staged, int pitch, T) {
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+        const int col = fragment_row() / 16 * 16 + lane / 8 % 2 * 8;
+        const uint32_t to = staged + (lane / 16 * 8 + lane % 8) * pitch + col * sizeof(T);
+#pragma unroll
+        for (int block = 0; block < kHalfBlocks; ++block) {
+            uint32_t m[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int r = 2 * (first + i / 2);
+                const float2 both = {element(o.block[block], r, i % 2),
+                                     element(o.block[block], r + 1, i % 2)};
+                m[i] = round_pair(both, T{});
+            }
+            mk::ptx::store_matrices_transposed(to + block * kBlockCols * sizeof(T), m);
+        }
+    }
 
-    // Transposed by eights: `dst` is columns 2 (lane % 4) and the next of row lane / 4.
-    __device__ static void store_rounded(Element* dst, int num_rows, NarrowOutput& o) {
+    // Writes this warpgroup's half of the columns, by way of its half of the page, so that whole
+    // cache lines leave.
+    template <class T>
+    __device__ static void store(const State& state, NarrowOutput& o, T* dst, int num_rows) {
+        constexpr int kPitch = kStagedRowBytes<T>;
+        static_assert(kGroups * kRowsAtOnce * kPitch <= Config::kSmemPageBytes);
+        const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
+        const uint32_t staged = page_address(state, kQPage) + group() * kRowsAtOnce * kPitch;
+        dst += group() * kHalfLatent;
 #pragma unroll
-        for (int pair = 0; pair < kThreadPairs; ++pair) {
+        for (int first = 0; first < kThreadPairs; first += kRowsAtOnce / 8) {
+            if (first * 8 >= num_rows) break;
+            // All have taken what lay there.
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+            stage(o, first, staged, kPitch, T{});
+            sync_warpgroup();
+            constexpr int kVectorsPerRow = kHalfLatent * sizeof(T) / 16;
+            constexpr int kTogether = kWarpgroupThreads / kVectorsPerRow;  // rows
+            const int row = thread / kVectorsPerRow, vector = thread % kVectorsPerRow;
+            T* to = dst + (first * 8 + row) * kLatentDim + vector * (16 / sizeof(T));
 #pragma unroll
-            for (int i = 0; i < 2 * kHalfBlocks; ++i) {
-                NarrowBlock& block = o.block[i / 2];
-                const float2 both = {element(block, 2 * pair, i % 2),
-                                     element(block, 2 * pair + 1, i % 2)};
-                const uint32_t columns = mk::ptx::transpose_matrix(round_pair(both, Element{}));
-                if (pair * 8 < num_rows) {
-                    *reinterpret_cast<uint32_t*>(dst + pair * 8 * kLatentDim + i / 2 * kBlockCols +
-                                                 i % 2 * 8) = columns;
+            for (int i = 0; i < kRowsAtOnce; i += kTogether) {
+                const float4 v =
+                    mk::ptx::load_smem_float4(staged + (row + i) * kPitch + vector * 16);
+                if (first * 8 + row + i < num_rows) {
+                    *reinterpret_cast<float4*>(to + i * kLatentDim) = v;
                 }
             }
         }

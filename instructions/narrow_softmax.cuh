@@ -28,13 +28,15 @@ __device__ __forceinline__ float across_positions(float x, Combine combine) {
 }
 
 // Each warp writes one number per row.
-__device__ __forceinline__ void publish(NarrowExchange& to, const NarrowRow& row) {
-    const int thread = mk::ptx::thread_in_cta();
-    if (thread % mk::kWarpThreads >= 4) return;
+__device__ __forceinline__ void publish(float (&to)[kNarrowRows], const NarrowRow& row) {
+    if (mk::ptx::thread_in_cta() % mk::kWarpThreads >= 4) return;
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
-        to.of_warp[thread % kWarpgroupThreads / mk::kWarpThreads][thread_row(r)] = row.of[r];
+    for (int r = 0; r < kThreadRows; r += 2) {
+        *reinterpret_cast<float2*>(&to[thread_row(r)]) = {row.of[r], row.of[r + 1]};
     }
+}
+__device__ __forceinline__ int warp_in_warpgroup() {
+    return mk::ptx::thread_in_cta() % kWarpgroupThreads / mk::kWarpThreads;
 }
 
 // Scores of positions at or past `visible` of their row become -inf, whatever was read for them.
@@ -84,21 +86,24 @@ struct NarrowState {
                                          [](float x, float y) { return fmaxf(x, y); }) *
                         scale_log2;
         }
-        publish(exchange, top);
+        publish(exchange.of_warp[warp_in_warpgroup()], top);
         sync();
         NarrowRow factor;
+        bool unchanged = true;
 #pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) {
-            float to = max.of[r];
+        for (int r = 0; r < kThreadRows; r += 2) {
+            float2 to = {max.of[r], max.of[r + 1]};
 #pragma unroll
             for (int warp = 0; warp < 4; ++warp) {
-                to = fmaxf(to, exchange.of_warp[warp][thread_row(r)]);
+                const auto other =
+                    *reinterpret_cast<const float2*>(&exchange.of_warp[warp][thread_row(r)]);
+                to = {fmaxf(to.x, other.x), fmaxf(to.y, other.y)};
             }
-            factor.of[r] = mk::ptx::exp2_approx(max.of[r] - RowState::finite(to));
-            if (max.of[r] == -INFINITY) factor.of[r] = 1.f;  // nothing summed yet
-            max.of[r] = to;
-            sum.of[r] *= factor.of[r];
+            factor.of[r] = move_max(r, to.x);
+            factor.of[r + 1] = move_max(r + 1, to.y);
+            unchanged &= factor.of[r] == 1.f && factor.of[r + 1] == 1.f;
         }
+        if (__all_sync(~0u, unchanged)) return;
 #pragma unroll
         for (int block = 0; block < kLatentBlocks; ++block) {
 #pragma unroll
@@ -107,6 +112,27 @@ struct NarrowState {
                 element(o.block[block], r, 1) *= factor.of[r];
             }
         }
+    }
+
+    // Returns what has been summed so far is to be multiplied with.
+    __device__ __forceinline__ float move_max(int r, float to) {
+        // Nothing summed yet, or no row at all.
+        const bool keeps = max.of[r] == -INFINITY || max.of[r] == to;
+        const float factor = keeps ? 1.f : mk::ptx::exp2_approx(max.of[r] - to);
+        max.of[r] = to;
+        sum.of[r] *= factor;
+        return factor;
+    }
+
+    // For both warpgroups: the sums of each warp, and the maxima.
+    __device__ __forceinline__ void publish_sums(NarrowExchange& sums,
+                                                 float (&maxima)[kNarrowRows]) {
+#pragma unroll
+        for (float& own : sum.of) {
+            own = across_positions(own, [](float x, float y) { return x + y; });
+        }
+        publish(sums.of_warp[warp_in_warpgroup()], sum);
+        if (warp_in_warpgroup() == 0) publish(maxima, max);
     }
 
     // Turns scores into P and writes it, transposed.

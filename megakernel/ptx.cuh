@@ -205,6 +205,9 @@ __device__ __forceinline__ float4 load_smem_float4(uint32_t address) {
     return value;
 }
 
+__device__ __forceinline__ void store_smem_float(uint32_t address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
 __device__ __forceinline__ void store_smem_float4(uint32_t address, const float4& value) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address),
                  "f"(value.x),
@@ -225,12 +228,6 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
         "r"(m[2]),
         "r"(m[3])
         : "memory");
-}
-
-__device__ __forceinline__ uint32_t transpose_matrix(uint32_t m) {
-    uint32_t transposed;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(m));
-    return transposed;
 }
 
 // ---- global memory ----------------------------------------------------------
@@ -320,6 +317,12 @@ __device__ __forceinline__ uint32_t sm_id() {
     uint32_t id;
     asm("mov.u32 %0, %%smid;" : "=r"(id));
     return id;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
