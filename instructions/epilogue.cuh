@@ -8,14 +8,15 @@ namespace mla {
 
 // Zeroes latent rows [first, 64) of a half tile, by one warpgroup. Swizzling permutes within a row
 // of a block only.
-__device__ __forceinline__ void clear_rows(uint32_t half_tile, int first) {
-    constexpr int kChunksPerRow = kBlockRowBytes / 16;
-    const int per_block = (kKvTile - first) * kChunksPerRow;
-    for (int i = mk::ptx::thread_in_cta() % kWarpgroupThreads; i < per_block * kHalfBlocks;
+__device__ __forceinline__ void clear_rows(uint32_t page, int first) {
+    constexpr int kChunks = kHalfBlocks * kBlockRowBytes / 16;  // of a row
+    constexpr int kChunksPerBlock = kBlockRowBytes / 16;
+    for (int i = mk::ptx::thread_in_cta() % kWarpgroupThreads; i < (kKvTile - first) * kChunks;
          i += kWarpgroupThreads) {
-        const int chunk = (i / per_block * kKvTile + first) * kChunksPerRow + i % per_block;
-        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(latent_address(half_tile) +
-                                                                      chunk * 16),
+        const int row = first + i / kChunks, chunk = i % kChunks;
+        const int at = row / kGroupRows * kKvGroupBytes + chunk / kChunksPerBlock * kGroupBytes +
+                       row % kGroupRows * kBlockRowBytes + chunk % kChunksPerBlock * 16;
+        asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(latent_address(page) + at),
                      "r"(0)
                      : "memory");
     }
@@ -31,7 +32,7 @@ struct Staging {
     static constexpr int kCols = kRowBytes / sizeof(T);
     static constexpr int kWarpRows = 16;
     static constexpr int kWarpBytes = kWarpRows * kPitch;
-    static_assert(4 * kWarpBytes <= sizeof(HalfTile), "a warpgroup stages in one page");
+    static_assert(4 * kWarpBytes <= kHalfTileBytes, "a warpgroup stages in one page");
 };
 
 // Writes o * scale to the rows below num_rows, by way of `page`; `dst` is the first of this half's

@@ -21,11 +21,13 @@ __device__ __forceinline__ int fragment_row() {
     return thread % kWarpgroupThreads / mk::kWarpThreads * 16 + thread % mk::kWarpThreads / 4;
 }
 
-// A wgmma operand in shared memory. ThunderKittens' descriptors are 64-bit sums in vector
+// A wgmma operand in shared memory: groups of eight rows, kGroupStep bytes apart, of swizzle blocks
+// kBlockStep bytes apart. Not transposed, the dimension that is summed over lies along a row;
+// transposed, it goes through the rows. ThunderKittens' descriptors are 64-bit sums in vector
 // registers, a dozen instructions per product where a product of 64 x 64 x 16 takes 32 cycles
 // (H200: 50 measured). Here the address is uniform by construction and only the low word moves.
 // Fields: PTX ISA, "Matrix descriptor format".
-template <class Tile, bool kTransposed>
+template <int kSwizzleBytes, int kGroupStep, int kBlockStep, bool kTransposed>
 class Operand {
   public:
     __device__ explicit Operand(uint32_t address)
@@ -35,23 +37,27 @@ class Operand {
     // swizzle block `block` of the other dimension.
     __device__ uint64_t slice(int step, int block = 0) const {
         const int bytes = kTransposed
-                              ? block * kBlockBytes + step * 16 * kSwizzleBytes
-                              : step / kStepsPerBlock * kBlockBytes + step % kStepsPerBlock * 32;
+                              ? block * kBlockStep + step * (16 / kGroupRows) * kGroupStep
+                              : step / kStepsPerBlock * kBlockStep + step % kStepsPerBlock * 32;
         return static_cast<uint64_t>(kHigh) << 32 | (low_ + (bytes >> 4));
     }
 
   private:
-    static constexpr int kSwizzleBytes = Tile::swizzle_bytes;
-    static constexpr int kBlockBytes = Tile::rows * kSwizzleBytes;
     static constexpr int kStepsPerBlock = kSwizzleBytes / 32;
     // Between swizzle blocks side by side; read for transposed operands only.
-    static constexpr uint32_t kLeadingBytes = kTransposed ? kBlockBytes : 16;
+    static constexpr uint32_t kLeadingBytes = kTransposed ? kBlockStep : 16;
     static constexpr uint32_t kSwizzleMode = kSwizzleBytes == 128 ? 1 : 2;
-    static constexpr uint32_t kHigh = 8 * kSwizzleBytes >> 4 | kSwizzleMode << 30;
+    static constexpr uint32_t kHigh = kGroupStep >> 4 | kSwizzleMode << 30;
     static_assert(kSwizzleBytes == 128 || kSwizzleBytes == 64);
 
     uint32_t low_;
 };
+using KOperand = Operand<kBlockRowBytes, kKvGroupBytes, kGroupBytes, false>;
+using VOperand = Operand<kBlockRowBytes, kKvGroupBytes, kGroupBytes, true>;
+using QOperand = Operand<kBlockRowBytes, kGroupBytes, kMaxRows * kBlockRowBytes, false>;
+using RopeOperand = Operand<kRopeRowBytes, kGroupRows * kRopeRowBytes, 0, false>;
+// One tile's P is one swizzle block wide.
+using POperand = Operand<kBlockRowBytes, kGroupBytes, 0, false>;
 
 // What came before in these registers is done before the products that follow. (Shared memory
 // written by ordinary stores has been fenced by its writers.)
@@ -68,18 +74,17 @@ __device__ __forceinline__ void begin_products(Fragment& d) {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-// Shared-memory addresses of the parts of a HalfTile.
-__device__ __forceinline__ uint32_t latent_address(uint32_t half_tile) { return half_tile; }
-__device__ __forceinline__ uint32_t rope_address(uint32_t half_tile) {
-    return half_tile + sizeof(LatentHalf);
-}
+// Shared-memory addresses of what a page holds.
+__device__ __forceinline__ uint32_t latent_address(uint32_t page) { return page; }
+__device__ __forceinline__ uint32_t rope_address(uint32_t page) { return page + kHalfLatentBytes; }
 
 // Issues s (+)= Q K^T over one half of the width; not yet committed.
 template <class Element, bool kFirst>
 __device__ __forceinline__ void multiply_scores(Scores& s, uint32_t q, uint32_t k) {
     using Mma = kittens::wgmma::base<float, Element, kKvTile, 0, 0>;
-    const Operand<LatentHalf, false> q_latent(latent_address(q)), k_latent(latent_address(k));
-    const Operand<RopeHalf, false> q_rope(rope_address(q)), k_rope(rope_address(k));
+    const QOperand q_latent(latent_address(q));
+    const KOperand k_latent(latent_address(k));
+    const RopeOperand q_rope(rope_address(q)), k_rope(rope_address(k));
     begin_products(s);
 #pragma unroll
     for (int step = 0; step < kHalfLatent / 16; ++step) {
@@ -99,7 +104,7 @@ template <class Element>
 __device__ __forceinline__ void accumulate(Accumulator& o,
                                            const PFragment<Element>& p,
                                            uint32_t v) {
-    const Operand<LatentHalf, true> v_rows(latent_address(v));
+    const VOperand v_rows(latent_address(v));
     begin_products(o);
 #pragma unroll
     for (int step = 0; step < kKvTile / 16; ++step) {
@@ -111,8 +116,8 @@ __device__ __forceinline__ void accumulate(Accumulator& o,
 // The same with P in shared memory.
 template <class Element>
 __device__ __forceinline__ void accumulate(Accumulator& o, const PTile<Element>& p, uint32_t v) {
-    const Operand<PTile<Element>, false> p_cols(mk::ptx::smem_address(&p));
-    const Operand<LatentHalf, true> v_rows(latent_address(v));
+    const POperand p_cols(mk::ptx::smem_address(&p));
+    const VOperand v_rows(latent_address(v));
     begin_products(o);
 #pragma unroll
     for (int step = 0; step < kKvTile / 16; ++step) {

@@ -54,23 +54,17 @@ class BoxLoader {
 
   private:
     static constexpr int kRows = kKvTile / kBoxes;
-    // Only a box as high as the tile can bring all swizzle blocks at once.
-    static constexpr int kBlocksPerBox = kBoxes == 1 ? kHalfBlocks : 1;
 
     __device__ void load_box(int half, uint32_t page, uint32_t full, int box) const {
-#pragma unroll
-        for (int block = 0; block < kHalfBlocks; block += kBlocksPerBox) {
-            mk::ptx::tensor_load_5d(
-                latent_address(page) + (block * kKvTile + box * kRows) * kBlockRowBytes,
-                g_.kv_latent,
-                full,
-                0,
-                row_[box],
-                half * kHalfBlocks + block,
-                kv_head_,
-                block_[box],
-                g_.kv_policy);
-        }
+        mk::ptx::tensor_load_5d(latent_address(page) + box * (kRows / kGroupRows) * kKvGroupBytes,
+                                g_.kv_latent,
+                                full,
+                                0,
+                                0,
+                                kv_head_ * g_.kv_head_step + half * kHalfBlocks,
+                                row_[box] / kGroupRows,
+                                block_[box],
+                                g_.kv_policy);
         mk::ptx::tensor_load_4d(rope_address(page) + box * kRows * kRopeRowBytes,
                                 g_.kv_rope,
                                 full,
@@ -102,17 +96,20 @@ class BoxLoader {
     int block_[kBoxes], row_[kBoxes];  // of the tile's boxes
 };
 
-// Row by row, 16 bytes a lane, for blocks that no box fits. Lane l looks up rows l and
-// l + 32 of a tile, a tile ahead.
+// Row by row, 16 bytes a lane, for blocks that no box fits. Lane l looks up rows l and l + 32 of a
+// tile, a tile ahead.
 class RowLoader {
   public:
     __device__ RowLoader(const MlaGlobals& g, const PartialWork& work, int lane)
         : g_(g),
           ids_(block_ids_of(g, work)),
-          kv_head_(g.kv_head_of(work.sequence)),
           end_(work.end),
           lane_(lane),
-          position_(work.start + lane) {
+          position_(work.start + lane),
+          chunk_(lane % kLanesPerRow) {
+        const int kv_head = g.kv_head_of(work.sequence);
+        latent_ = g.latent + kv_head * g.latent_strides.head + chunk_ * 16;
+        rope_ = g.rope + kv_head * g.rope_strides.head + chunk_ * 16;
         look_up();
     }
 
@@ -120,43 +117,41 @@ class RowLoader {
 #pragma unroll
         for (int i = 0; i < kRowsPerLane; ++i) {
             // A block outside the cache is not read.
-            const bool exists = 0 <= next_id_[i] && next_id_[i] < g_.num_blocks;
-            id_[i] = exists ? next_id_[i] : -1;
-            row_[i] = g_.place_in_block(position(i));
+            const int64_t id = next_id_[i];
+            exists_[i] = 0 <= id && id < g_.num_blocks;
+            const int64_t in_block = g_.place_in_block(position(i));
+            latent_of_[i] = id * g_.latent_strides.block + in_block * g_.latent_strides.token;
+            rope_of_[i] = id * g_.rope_strides.block + in_block * g_.rope_strides.token;
         }
         position_ += kKvTile;
         look_up();
     }
 
-    // Four rows at a time, eight lanes a row: 128 bytes of each swizzle block, then the
-    // first four lanes of each row its rope.
+    // Four rows at a time, eight lanes a row: 128 bytes of each swizzle block, then the first four
+    // lanes of each row its rope.
     __device__ void load_half(int, int half, uint32_t page, uint32_t full) const {
-        const int row_of_four = lane_ / kLanesPerRow, chunk = lane_ % kLanesPerRow;
-        const int64_t column = half * kHalfLatent * kElementBytes + chunk * 16;
-        const char* latent = g_.latent + kv_head_ * g_.latent_strides.head + column;
-        const char* rope =
-            g_.rope + kv_head_ * g_.rope_strides.head + half * kRopeRowBytes + chunk * 16;
+        const char* latent = latent_ + half * kHalfLatent * kElementBytes;
+        const char* rope = rope_ + half * kRopeRowBytes;
 #pragma unroll
         for (int i = 0; i < kRowsPerLane; ++i) {
-#pragma unroll 2
+#pragma unroll 4
             for (int from = 0; from < mk::kWarpThreads; from += kRowsAtOnce) {
-                const int row = i * mk::kWarpThreads + from + row_of_four;
-                const int64_t id = __shfl_sync(~0u, id_[i], from + row_of_four);
-                const int64_t in_block = __shfl_sync(~0u, row_[i], from + row_of_four);
-                const char* src =
-                    latent + id * g_.latent_strides.block + in_block * g_.latent_strides.token;
-                const uint32_t dst =
-                    latent_address(page) + row * kBlockRowBytes + (chunk ^ row % 8) * 16;
+                const int lane = from + lane_ / kLanesPerRow;  // that has looked the row up
+                const int row = i * mk::kWarpThreads + lane;
+                const bool exists = __shfl_sync(~0u, exists_[i], lane);
+                const char* src = latent + __shfl_sync(~0u, latent_of_[i], lane);
+                const uint32_t dst = latent_address(page) + row / kGroupRows * kKvGroupBytes +
+                                     row % kGroupRows * kBlockRowBytes +
+                                     (chunk_ ^ row % kGroupRows) * 16;
 #pragma unroll
                 for (int block = 0; block < kHalfBlocks; ++block) {
-                    mk::ptx::copy_16_bytes_if(id >= 0,
-                                              dst + block * kKvTile * kBlockRowBytes,
-                                              src + block * kBlockRowBytes);
+                    mk::ptx::copy_16_bytes_if(
+                        exists, dst + block * kGroupBytes, src + block * kBlockRowBytes);
                 }
-                mk::ptx::copy_16_bytes_if(
-                    id >= 0 && chunk < kRopeChunks,
-                    rope_address(page) + row * kRopeRowBytes + (chunk ^ row / 2 % kRopeChunks) * 16,
-                    rope + id * g_.rope_strides.block + in_block * g_.rope_strides.token);
+                mk::ptx::copy_16_bytes_if(exists && chunk_ < kRopeChunks,
+                                          rope_address(page) + row * kRopeRowBytes +
+                                              (chunk_ ^ row / 2 % kRopeChunks) * 16,
+                                          rope + __shfl_sync(~0u, rope_of_[i], lane));
             }
         }
         mk::ptx::arrive_when_copied(full);
@@ -179,10 +174,15 @@ class RowLoader {
 
     const MlaGlobals& g_;
     const int32_t* ids_;
-    int kv_head_, end_, lane_;
+    const char* latent_;  // the KV head's first row, at the lane's chunk
+    const char* rope_;
+    int end_, lane_;
     int position_;  // of the lane's first row, in the tile to come
-    // Of the lane's rows; id -1: no such row.
-    int id_[kRowsPerLane], row_[kRowsPerLane], next_id_[kRowsPerLane];
+    int chunk_;     // 16 bytes of a swizzle block's row that the lane copies
+    // Of the lane's rows: bytes from the first row on.
+    int64_t latent_of_[kRowsPerLane], rope_of_[kRowsPerLane];
+    bool exists_[kRowsPerLane];
+    int next_id_[kRowsPerLane];
 };
 
 }  // namespace mla

@@ -104,20 +104,22 @@ inline CUtensorMap encode_q_rope(const DecodeLayout& layout, const void* base, i
     return mk::encode_tensor_map("q_pe", spec);
 }
 
-// Half the latent columns of a tile, or one swizzle block of a lower box.
+// [block of the cache, group of eight positions, swizzle block, position, column]: the order in
+// which a box of it lies in a page. The swizzle blocks go through all KV heads.
 inline CUtensorMap encode_latent(const DecodeLayout& layout, const void* base, int box_rows) {
     const auto [block, token, head] = layout.latent_strides;
-    const uint32_t blocks = box_rows == kKvTile ? kHalfBlocks : 1;
-    const mk::TensorMapSpec<5> spec{tensor_type(layout),
-                                    base,
-                                    {kBlockCols,
-                                     static_cast<uint64_t>(layout.block_size),
-                                     kLatentBlocks,
-                                     static_cast<uint64_t>(layout.num_kv_heads),
-                                     static_cast<uint64_t>(layout.num_blocks)},
-                                    {bytes(token), kBlockRowBytes, bytes(head), bytes(block)},
-                                    {kBlockCols, static_cast<uint32_t>(box_rows), blocks, 1, 1},
-                                    CU_TENSOR_MAP_SWIZZLE_128B};
+    const auto other_heads = static_cast<uint64_t>(layout.num_kv_heads - 1);
+    const mk::TensorMapSpec<5> spec{
+        tensor_type(layout),
+        base,
+        {kBlockCols,
+         kGroupRows,
+         other_heads * static_cast<uint64_t>(head / kBlockCols) + kLatentBlocks,
+         static_cast<uint64_t>(layout.block_size) / kGroupRows,
+         static_cast<uint64_t>(layout.num_blocks)},
+        {bytes(token), kBlockRowBytes, bytes(kGroupRows * token), bytes(block)},
+        {kBlockCols, kGroupRows, kHalfBlocks, static_cast<uint32_t>(box_rows) / kGroupRows, 1},
+        CU_TENSOR_MAP_SWIZZLE_128B};
     return mk::encode_tensor_map("latent", spec);
 }
 
@@ -147,9 +149,10 @@ inline int log2_exact(int x) {
 }
 
 // The highest box of KV positions that never crosses a block; 0: none.
-inline int kv_box_rows(int block_size) {
+inline int kv_box_rows(const DecodeLayout& layout) {
+    if (layout.num_kv_heads > 1 && layout.latent_strides[2] % kBlockCols != 0) return 0;
     for (const int rows : {64, 32, 16}) {
-        if (block_size % rows == 0) return rows;
+        if (layout.block_size % rows == 0) return rows;
     }
     return 0;
 }
@@ -178,7 +181,9 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     g.num_blocks = layout.num_blocks;
     g.block_shift = detail::log2_exact(layout.block_size);
     g.table_stride = layout.table_stride;
-    g.kv_box_rows = detail::kv_box_rows(layout.block_size);
+    g.kv_box_rows = detail::kv_box_rows(layout);
+    g.kv_head_step =
+        layout.num_kv_heads > 1 ? static_cast<int>(layout.latent_strides[2] / kBlockCols) : 0;
     g.q_box_rows = detail::q_box_rows(layout);
     g.causal = layout.causal;
     g.scale_log2 = static_cast<float>(layout.softmax_scale * kLog2E);

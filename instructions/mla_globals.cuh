@@ -27,10 +27,13 @@ struct MlaConfig : mk::DefaultConfig {
 inline constexpr int kElementBytes = 2;
 inline constexpr int kNarrowRows = 32;
 
-// A page holds half the width of a 64-row tile of Q or of KV: 256 latent columns, as four
-// 64-column blocks swizzled over 128 bytes, and 32 rope columns, swizzled over 64 bytes. So both
-// halves hold whole wgmma operands, and each consumer warpgroup can own the half whose latent
-// columns it accumulates into the output.
+// A page holds half the width of a tile of KV, 64 positions: 256 latent columns, as four 64-column
+// blocks swizzled over 128 bytes, and 32 rope columns, swizzled over 64 bytes. So both halves hold
+// whole wgmma operands, and each consumer warpgroup can own the half whose latent columns it
+// accumulates into the output. The four blocks of eight positions lie together, a KV group: that
+// is an order in which the copy engine can put down boxes of any height.
+//
+// In a wide kernel two pages hold 64 rows of Q in the same way, but block by block.
 inline constexpr int kHalfLatent = kLatentDim / 2;
 inline constexpr int kHalfRope = kRopeDim / 2;
 inline constexpr int kBlockCols = 64;  // columns of a 128-byte swizzle block
@@ -39,16 +42,12 @@ inline constexpr int kRopeRowBytes = kHalfRope * kElementBytes;
 inline constexpr int kLatentBlocks = kLatentDim / kBlockCols;
 inline constexpr int kHalfBlocks = kHalfLatent / kBlockCols;
 inline constexpr int kHalfRowBytes = kHalfBlocks * kBlockRowBytes + kRopeRowBytes;
-
-// The shape is that of either element type.
-using LatentHalf = kittens::st_bf<kKvTile, kHalfLatent>;
-using RopeHalf = kittens::st_bf<kKvTile, kHalfRope>;
-struct HalfTile {
-    LatentHalf latent;
-    RopeHalf rope;
-};
-static_assert(kMaxRows == kKvTile, "Q and KV tiles share HalfTile");
-static_assert(sizeof(HalfTile) == kKvTile * kHalfRowBytes && sizeof(HalfTile) == 36 * 1024);
+inline constexpr int kGroupRows = 8;  // positions or rows that a swizzle pattern repeats over
+inline constexpr int kGroupBytes = kGroupRows * kBlockRowBytes;  // of one block
+inline constexpr int kKvGroupBytes = kHalfBlocks * kGroupBytes;
+inline constexpr int kHalfLatentBytes = kKvTile * kHalfBlocks * kBlockRowBytes;
+inline constexpr int kHalfTileBytes = kKvTile * kHalfRowBytes;
+static_assert(kMaxRows == kKvTile, "Q and KV tiles share pages");
 
 // Which warpgroup, and which half of the latent columns.
 enum Half { kLeft = 0, kRight = 1 };
@@ -68,8 +67,7 @@ struct MlaGlobals {
     // narrow kernel all of them.
     CUtensorMap q_latent;
     CUtensorMap q_rope;
-    // KV [kv_blocks, kv_heads, block_size, width]: boxes of kv_box_rows positions; latent columns
-    // by the half tile where a box is a whole tile high, else by the swizzle block.
+    // KV: boxes of half the width of kv_box_rows positions, latent columns in KV groups.
     CUtensorMap kv_latent;
     CUtensorMap kv_rope;
 
@@ -93,10 +91,11 @@ struct MlaGlobals {
 
     int32_t table_stride;
     int32_t num_blocks;
-    int32_t block_size;   // KV positions per block of the cache
-    int32_t block_shift;  // its logarithm; -1: no power of two
-    int32_t kv_box_rows;  // 64, 32 or 16 positions by the copy engine; 0: row by row
-    int32_t q_box_rows;   // 64; in a narrow kernel a multiple of 8
+    int32_t kv_head_step;  // from one KV head's latent columns to the next one's, in swizzle blocks
+    int32_t block_size;    // KV positions per block of the cache
+    int32_t block_shift;   // its logarithm; -1: no power of two
+    int32_t kv_box_rows;   // 64, 32 or 16 positions by the copy engine; 0: row by row
+    int32_t q_box_rows;    // 64; in a narrow kernel a multiple of 8
     int32_t num_requests;
     int32_t num_kv_heads;
     int32_t total_tokens;  // of one KV head

@@ -65,8 +65,8 @@ __device__ __forceinline__ void multiply_scores(NarrowScores (&s)[2],
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 0, 0>;
     constexpr int kHalf = kFirst ? kLeft : kRight;
     constexpr int kLatentSteps = kHalfLatent / 16, kRopeSteps = kHalfRope / 16;
-    const Operand<LatentHalf, false> k_latent(latent_address(k));
-    const Operand<RopeHalf, false> k_rope(rope_address(k));
+    const KOperand k_latent(latent_address(k));
+    const RopeOperand k_rope(rope_address(k));
     begin_products(s[0]);
     begin_products(s[1]);
 #pragma unroll
@@ -91,8 +91,8 @@ __device__ __forceinline__ void accumulate(NarrowOutput& o,
                                            const NarrowPTile<Element>& p,
                                            uint32_t v) {
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 1, 0>;
-    const Operand<NarrowPTile<Element>, false> p_positions(mk::ptx::smem_address(&p));
-    const Operand<LatentHalf, true> v_positions(latent_address(v));
+    const POperand p_positions(mk::ptx::smem_address(&p));
+    const VOperand v_positions(latent_address(v));
 #pragma unroll
     for (int block = 0; block < kHalfBlocks; ++block) begin_products(o.block[kFirstBlock + block]);
 #pragma unroll

@@ -49,7 +49,7 @@ struct PartialWork {
 // tile 1 left, ... A narrow kernel's Q needs one page only, so its ring has one more.
 template <class Config>
 struct PartialPages {
-    static_assert(sizeof(HalfTile) == Config::kSmemPageBytes);
+    static_assert(kHalfTileBytes == Config::kSmemPageBytes);
     static constexpr int kQPages = Config::kNarrow ? 1 : 2;
     static constexpr int kRing = Config::kNumSmemPages - kQPages;
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numeric>
 
 namespace mla {
@@ -74,27 +75,57 @@ class PieceCounter {
     double merge_us_;
 };
 
-// Walks the line of all sequences and hands out tiles to one gang after the other.
+// The sequences of one number of row groups, and the gangs that work on them: as many of the
+// workers as is their share of the work.
+struct Line {
+    int row_groups = 0;
+    int num_gangs = 0;
+    std::vector<int32_t> sequences;
+};
+
+std::vector<Line> lines_of(const Problem& problem, LineOrder order) {
+    std::vector<int32_t> sequences(problem.num_sequences());
+    std::iota(sequences.begin(), sequences.end(), 0);
+    if (order == LineOrder::kLongestFirst) {
+        std::stable_sort(sequences.begin(), sequences.end(), [&problem](int32_t a, int32_t b) {
+            return problem.sequences[a].length > problem.sequences[b].length;
+        });
+    }
+    std::map<int, Line> by_groups;
+    double all_work = 0.0;
+    for (const int32_t sequence : sequences) {
+        Line& line = by_groups[problem.row_groups(sequence)];
+        line.row_groups = problem.row_groups(sequence);
+        line.sequences.push_back(sequence);
+        all_work += static_cast<double>(problem.num_tiles(sequence)) * line.row_groups;
+    }
+    std::vector<Line> lines;
+    for (auto& [row_groups, line] : by_groups) {
+        double work = 0.0;
+        for (const int32_t sequence : line.sequences) {
+            work += static_cast<double>(problem.num_tiles(sequence)) * row_groups;
+        }
+        line.num_gangs =
+            std::max(1, static_cast<int>(problem.num_workers * (work / all_work) / row_groups));
+        lines.push_back(std::move(line));
+    }
+    return lines;
+}
+
+// Walks a line and hands out tiles to one gang after the other.
 class LineCutter {
   public:
     LineCutter(const Problem& problem,
                const CostModel& cost,
-               int num_gangs,
+               double tile_us,
                int min_tiles,
-               LineOrder line_order)
+               const Line& line)
         : problem_(problem),
           cost_(cost),
-          num_gangs_(num_gangs),
+          num_gangs_(line.num_gangs),
           min_tiles_(min_tiles),
-          tile_us_(cost.tile_us(num_gangs * problem.gang_size, problem.kv_sharing)),
-          line_(problem.num_sequences()) {
-        std::iota(line_.begin(), line_.end(), 0);
-        if (line_order == LineOrder::kLongestFirst) {
-            std::stable_sort(line_.begin(), line_.end(), [&problem](int32_t a, int32_t b) {
-                return problem.sequences[a].length > problem.sequences[b].length;
-            });
-        }
-    }
+          tile_us_(tile_us),
+          line_(line.sequences) {}
 
     struct GangPiece {
         Piece piece;
@@ -104,7 +135,7 @@ class LineCutter {
 
     std::vector<GangPiece> cut() {
         double total_us = tile_us_;  // against rounding
-        for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
+        for (const int32_t sequence : line_) {
             total_us += std::max(cost_.partial_fixed_us, cost_.partial_next_us) +
                         problem_.num_tiles(sequence) * tile_us_;
         }
@@ -121,8 +152,6 @@ class LineCutter {
         }
         return pieces;
     }
-
-    double tile_us() const { return tile_us_; }
 
   private:
     template <class Emit>
@@ -163,7 +192,7 @@ class LineCutter {
     const int num_gangs_;
     const int min_tiles_;
     const double tile_us_;
-    std::vector<int32_t> line_;
+    const std::vector<int32_t>& line_;
 };
 
 }  // namespace
@@ -212,13 +241,22 @@ Cut cut_even(const Problem& problem, const CostModel& cost, int max_gangs) {
     return cut_into(problem, counts);
 }
 
-Cut cut_line(const Problem& problem,
-             const CostModel& cost,
-             int num_gangs,
-             int min_tiles,
-             LineOrder line_order) {
-    LineCutter cutter(problem, cost, num_gangs, min_tiles, line_order);
-    auto line = cutter.cut();
+Cut cut_line(const Problem& problem, const CostModel& cost, int min_tiles, LineOrder order) {
+    const std::vector<Line> lines = lines_of(problem, order);
+    int num_streams = 0;
+    for (const Line& line : lines) num_streams += line.num_gangs * line.row_groups;
+    const double tile_us = cost.tile_us(num_streams, problem.kv_sharing);
+    std::vector<LineCutter::GangPiece> line;
+    int32_t first_gang = 0;
+    for (const Line& own : lines) {
+        const auto pieces = LineCutter(problem, cost, tile_us, min_tiles, own).cut();
+        if (pieces.empty()) return {};
+        for (LineCutter::GangPiece piece : pieces) {
+            piece.gang += first_gang;
+            line.push_back(piece);
+        }
+        first_gang += own.num_gangs;
+    }
 
     // A gang runs pieces that somebody waits for before whole sequences, so that their
     // reductions overlap with the rest of the work.
@@ -228,8 +266,8 @@ Cut cut_line(const Problem& problem,
     std::vector<double> start_us(line.size(), 0.0);
     for (size_t i = 1; i < line.size(); ++i) {
         if (line[i].gang != line[i - 1].gang) continue;
-        start_us[i] = start_us[i - 1] + cost.partial_next_us +
-                      num_tiles(line[i - 1].piece) * cutter.tile_us();
+        start_us[i] =
+            start_us[i - 1] + cost.partial_next_us + num_tiles(line[i - 1].piece) * tile_us;
     }
 
     std::vector<int32_t> by_position(line.size());

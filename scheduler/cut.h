@@ -41,13 +41,10 @@ Cut cut_even(const Problem& problem, const CostModel& cost, int max_gangs);
 
 enum class LineOrder { kGiven, kLongestFirst };
 
-// Lays all sequences on a line and cuts it where a gang of workers is full, so that
-// `num_gangs` gangs end together. No piece of a split sequence is below `min_tiles`. Empty
-// if the costs are too far apart to be added. For uniform problems.
-Cut cut_line(const Problem& problem,
-             const CostModel& cost,
-             int num_gangs,
-             int min_tiles,
-             LineOrder line_order);
+// Lays sequences of one number of row groups on a line and cuts it where a gang of workers is full,
+// so that all gangs end together; sequences of another number have a line and gangs of their own.
+// No piece of a split sequence is below `min_tiles`. Empty if the costs are too far apart to be
+// added.
+Cut cut_line(const Problem& problem, const CostModel& cost, int min_tiles, LineOrder order);
 
 }  // namespace mla

@@ -8,19 +8,26 @@
 
 #ifdef __CUDACC__
 #define MLA_HOST_DEVICE __host__ __device__ __forceinline__
+#define MLA_SHORT_LOOP _Pragma("unroll 1")  // its code is executed seldom: fetching it counts
 #else
 #define MLA_HOST_DEVICE inline
+#define MLA_SHORT_LOOP
 #endif
 
 namespace mla {
 
 namespace device_plan {
 
+inline constexpr int kMaxGroups = 32;      // row groups: 16 tokens, 128 heads
 inline constexpr int kFillSequences = 16;  // that one fill may cover
 inline constexpr int kFillTokens = 64;     // of padding
-inline constexpr int kMinTiles = 2;        // of a piece of a sequence that the line cuts
-inline constexpr int kCandidates = 32;     // piece lengths to choose from
+inline constexpr int kCandidates = 32;     // ways to cut that are compared
+inline constexpr int kKeys = 32;           // classes of lengths that pieces are sorted by
+inline constexpr int kSortGroup = 32;      // pieces that are sorted together
+inline constexpr int kMinTiles = 2;        // of a piece of a sequence that a line cuts
 inline constexpr int kInvariantRows = 2;   // of a reduction in a batch-invariant plan
+inline constexpr int64_t kMaxInstructions = (1 << 21) - 1;
+inline constexpr uint32_t kMaxCost = 1 << 24;  // of any constant
 
 template <class T>
 MLA_HOST_DEVICE T ceil_div(T a, T b) {
@@ -39,12 +46,41 @@ MLA_HOST_DEVICE T clamp(T x, T low, T high) {
     return smaller(larger(x, low), high);
 }
 
+// Division by what is divided by often: x / d if x * d < 2^31, otherwise that or one more.
+struct Divisor {
+    uint32_t inverse;
+};
+MLA_HOST_DEVICE Divisor divisor(uint32_t d) { return {0x80000000u / d + 1}; }
+MLA_HOST_DEVICE uint64_t scaled(uint32_t x, Divisor d, int shift) {  // (x << shift) / d
+    return uint64_t{x} * d.inverse >> (31 - shift);
+}
+MLA_HOST_DEVICE uint32_t operator/(uint32_t x, Divisor d) {
+    return static_cast<uint32_t>(scaled(x, d, 0));
+}
+
 }  // namespace device_plan
 
-// The constants of a CostModel, in nanoseconds; those that are multiplied with many in picoseconds.
+// The constants of a CostModel, in nanoseconds; those that are multiplied with many in 1/1024 of
+// one. None is larger than device_plan::kMaxCost.
 struct DevicePlanCost {
-    int64_t launch, partial_fixed, partial_next, tile_compute, reduction_fixed, dependency;
-    int64_t store_kib, tile, tile_contention, reduction_kib;  // ps
+    uint32_t partial_next, tile_compute, reduction_fixed, dependency;
+    uint32_t tile_1024, tile_contention_1024, reduction_row_1024;  // of 2 KiB
+};
+
+// What follows from a problem, so that no thread divides.
+struct DevicePlanConstants {
+    device_plan::Divisor workers;
+    uint32_t memory_1024;  // time per tile and stream, 1/1024 ns, with what row groups share
+    // Workers that run the row groups of a piece side by side are a gang.
+    uint32_t gangs;
+    device_plan::Divisor by_gangs;
+    uint32_t line_lead;     // before the first tile of a sequence, in 1/16 tile
+    uint32_t slot_eighths;  // of rows: what a slot holds in the mean
+    uint32_t margin;        // tiles that a sequence may have beyond a piece before it is cut
+    uint32_t top_step;      // of a binary search for a sequence
+    uint32_t most_partials;
+    device_plan::Divisor small[kMaxRows + 1];  // by 1, 2, ...
+    uint32_t most_tiles;  // that count of a sequence, so that sums have 31 bits
 };
 
 struct DevicePlanProblem {
@@ -59,9 +95,27 @@ struct DevicePlanProblem {
     int num_workers;
     int split_tiles;  // > 0: every sequence is cut so, whatever else is in the batch
     DevicePlanCost cost;
+    DevicePlanConstants constants;  // see with_constants()
 
     MLA_HOST_DEVICE int num_sequences() const { return num_requests * num_kv_heads; }
     MLA_HOST_DEVICE int max_rows() const { return s_q * num_heads; }
+    MLA_HOST_DEVICE int max_groups() const { return (max_rows() + kMaxRows - 1) / kMaxRows; }
+    MLA_HOST_DEVICE uint32_t most_group_rows() const {
+        return static_cast<uint32_t>(device_plan::smaller(kMaxRows, max_rows()));
+    }
+    // Time per tile of a worker that works on `rows` rows while `streams` do.
+    MLA_HOST_DEVICE uint32_t tile_ns([[maybe_unused]] uint32_t rows, uint32_t streams) const {
+        const uint64_t contention = uint64_t{cost.tile_contention_1024} * (streams - 1);
+        const uint64_t memory = uint64_t{constants.memory_1024} * streams;
+        return device_plan::larger(cost.tile_compute + static_cast<uint32_t>(contention >> 10),
+                                   static_cast<uint32_t>(memory >> 10));
+    }
+    MLA_HOST_DEVICE device_plan::Divisor divisor(uint32_t d) const {
+        return d <= kMaxRows ? constants.small[d] : device_plan::divisor(d);
+    }
+    MLA_HOST_DEVICE bool balances() const { return split_tiles == 0; }
+    // All sequences with rows have as many row groups.
+    MLA_HOST_DEVICE bool uniform() const { return cu_seqlens_q == nullptr || max_groups() == 1; }
 };
 
 // What any batch of these sizes can need.
@@ -69,11 +123,12 @@ struct DevicePlanCapacity {
     int64_t instructions;  // end marks included
     int64_t slots;
     int64_t pieces;
+    int64_t partials;
 };
-MLA_HOST_DEVICE DevicePlanCapacity device_plan_capacity(const DevicePlanProblem& p) {
+inline DevicePlanCapacity device_plan_capacity(const DevicePlanProblem& p) {
     using device_plan::ceil_div;
     const int64_t sequences = p.num_sequences();
-    const int64_t groups = ceil_div(p.max_rows(), kMaxRows);
+    const int64_t groups = p.max_groups();
     DevicePlanCapacity capacity{};
     int64_t reductions;
     if (p.split_tiles > 0) {
@@ -84,25 +139,46 @@ MLA_HOST_DEVICE DevicePlanCapacity device_plan_capacity(const DevicePlanProblem&
             sequences * groups *
             ceil_div(device_plan::smaller(kMaxRows, p.max_rows()), device_plan::kInvariantRows);
     } else {
-        // A line is cut once for each worker; even pieces are at most two for each.
+        // A line is cut once for each worker; other pieces that are merged are two for each.
         capacity.pieces = sequences + 2 * p.num_workers;
         capacity.slots = 2 * int64_t{p.num_workers} + groups;
         reductions = 4 * int64_t{p.num_workers};
     }
     const int64_t fills = sequences + int64_t{p.num_kv_heads} *
                                           (1 + ceil_div(p.total_tokens, device_plan::kFillTokens));
-    capacity.instructions = capacity.pieces * groups + reductions + fills + p.num_workers;
+    capacity.partials = capacity.pieces * groups;
+    capacity.instructions = capacity.partials + reductions + fills + p.num_workers;
     return capacity;
 }
 
+inline DevicePlanProblem with_constants(const DevicePlanProblem& problem) {
+    DevicePlanProblem p = problem;
+    DevicePlanConstants& k = p.constants;
+    const uint32_t workers = p.num_workers, groups = p.max_groups();
+    k.most_partials = static_cast<uint32_t>(device_plan_capacity(problem).partials);
+    for (uint32_t d = 1; d <= kMaxRows; ++d) k.small[d] = device_plan::divisor(d);
+    k.most_tiles = static_cast<uint32_t>(INT32_MAX / (int64_t{groups} * p.num_sequences()));
+    k.workers = device_plan::divisor(workers);
+    k.memory_1024 = p.cost.tile_1024 / (p.uniform() ? groups : 1);
+    k.gangs = device_plan::larger(1u, workers / groups);
+    k.by_gangs = device_plan::divisor(k.gangs);
+    const uint32_t tile = device_plan::larger(1u, p.tile_ns(p.most_group_rows(), workers));
+    k.slot_eighths = (8 * p.max_rows() + groups - 1) / groups;
+    k.line_lead = (p.cost.partial_next * 16 + tile / 2) / tile;
+    k.margin = (p.cost.dependency + p.cost.reduction_fixed + tile / 2) / tile;
+    for (k.top_step = 1; 2 * int64_t{k.top_step} < p.num_sequences(); k.top_step *= 2) {
+    }
+    return p;
+}
+
 // Shared memory that the planning CTA may take. A larger state lies behind the instructions.
-inline constexpr int64_t kDevicePlanSmemBytes = 200 * 1024;
+inline constexpr int64_t kDevicePlanSmemBytes = 160 * 1024;
 
 enum DevicePlanHeader {  // int32 words of the header
     kHeaderInstructions = 0,
     kHeaderSlots,
     kHeaderBadLengths,
-    kHeaderBadRequest,  // the first that was found
+    kHeaderBadRequest,  // the first of them
     kHeaderBadLength,
     kDevicePlanHeaderWords = 8,
 };

@@ -112,11 +112,8 @@ class Search {
         // Gangs that run several pieces one after the other. With sequences so few that each
         // has several gangs, one piece per gang has never been worse.
         if (2 * unsplit >= gangs) {
-            if (problem_.uniform) {
-                consider_lines(gangs);
-            } else {
-                consider_short_pieces(unsplit, gangs);
-            }
+            if (!problem_.uniform) consider_short_pieces(unsplit, gangs);
+            consider_lines();
             // More pieces than gangs, taken as gangs come free.
             if (unsplit < 2 * gangs) consider_even(2 * gangs);
         }
@@ -171,10 +168,10 @@ class Search {
         return consider(cut_even(problem_, cost_, max_gangs));
     }
 
-    void consider_lines(int gangs) {
+    void consider_lines() {
         for (const int min_tiles : {4, 1}) {
             for (const LineOrder line_order : {LineOrder::kLongestFirst, LineOrder::kGiven}) {
-                consider(cut_line(problem_, cost_, gangs, min_tiles, line_order));
+                consider(cut_line(problem_, cost_, min_tiles, line_order));
             }
         }
     }

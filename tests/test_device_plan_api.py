@@ -131,6 +131,34 @@ def test_bad_length_is_named_and_planned_as_the_nearest(length: int, planned: in
     host.validate()
 
 
+@pytest.mark.parametrize(("length", "planned"), [(-7, 0), (129, 128), (301, 128)])
+def test_length_beyond_its_own_blocks_is_planned_as_what_they_hold(
+    length: int, planned: int
+) -> None:
+    plan = DevicePlan(3, 8, max_seq_len=300, device="cpu")
+    blocks = {"kv_indptr": int32(0, 1, 3, 3), "block_size": 64}
+    with pytest.raises(RangeError, match=rf"request 1: expected 0 to 128, got {length}; planned"):
+        plan.update(int32(64, length, 0), **blocks)
+    host = plan.to_host()
+    assert host.seq_lens.tolist() == [64, planned, 0]
+    assert int(plan.header[2]) == 1
+    host.validate()
+    with pytest.raises(RangeError, match="request 2: expected 0 to 0, got 1; planned as 0"):
+        plan.update(int32(64, 128, 1), **blocks)
+    assert plan.update(int32(64, 128, 0), **blocks).header[2] == 0
+
+
+def test_blocks_of_requests_need_their_size() -> None:
+    plan = DevicePlan(2, 8, max_seq_len=300, device="cpu")
+    for options in ({"kv_indptr": int32(0, 1, 2)}, {"block_size": 64}):
+        with pytest.raises(DtypeError, match="kv_indptr, block_size: expected both or neither"):
+            plan.update(int32(1, 2), **options)
+    with pytest.raises(MlaDecodeError, match=r"kv_indptr: expected shape \[3\], got \[2\]"):
+        plan.update(int32(1, 2), kv_indptr=int32(0, 1), block_size=64)
+    with pytest.raises(RangeError, match="block_size: expected 1 to"):
+        plan.update(int32(1, 2), kv_indptr=int32(0, 1, 2), block_size=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -230,6 +258,30 @@ def test_error_records_become_typed_errors(monkeypatch: pytest.MonkeyPatch) -> N
     native.raise_pending_on(0)
 
 
+def test_update_hands_the_planning_kernel_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    class Fake:
+        @staticmethod
+        def take_error(index: int) -> None:
+            return None
+
+        @staticmethod
+        def plan(*arguments: Any) -> None:
+            seen.append(arguments)
+
+    monkeypatch.setattr(native, "_kernels", Fake, raising=False)
+    plan = DevicePlan(
+        2, 16, 3, num_kv_heads=2, total_tokens=5, max_seq_len=100, ragged=True, device="cpu"
+    )
+    plan._index = 1  # as if it were a GPU's
+    lengths, offsets, indptr = int32(5, 6), int32(0, 2, 5), int32(0, 1, 2)
+    plan.update(lengths, offsets, 7, kv_indptr=indptr, block_size=64)
+    words = (plan.instructions.data_ptr(), plan.capacity, plan.header.data_ptr())
+    pointers = (lengths.data_ptr(), offsets.data_ptr())
+    assert seen == [(*pointers, 2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan._cost, *words, 1, 7)]
+
+
 def test_calls_with_tables_of_other_widths_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """As calls with lengths on a GPU do, here with those on the CPU."""
     monkeypatch.setattr(decoding, "_device_plans", {})
@@ -241,7 +293,7 @@ def test_calls_with_tables_of_other_widths_share_a_plan(monkeypatch: pytest.Monk
         inputs = decoding.Inputs(case.q, case.kv_cache, table, case.cu_seqlens_q, None, None, None)
         call = decoding.calls.make_call(inputs, decoding.Options())
         plan = decoding._planned_on_gpu(
-            call, lengths_of(case).long(), case.cu_seqlens_q, False, None
+            call, lengths_of(case).long(), case.cu_seqlens_q, None, False, None
         )
         assert plan.max_seq_len == width * 64
         plan.to_host().validate()
@@ -364,6 +416,27 @@ def test_two_streams_plan_and_decode_at_once(gpu: Any) -> None:
     mla_decode.synchronize()
     for expected, results in zip(alone, found, strict=True):
         for out, lse in results:
+            assert same_bits(out, expected[0])
+            assert same_bits(lse, expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ({"h_kv": 2}, {}), ids=("KV heads", "q to be copied"))
+def test_copies_run_on_the_stream_of_the_call(form: dict[str, Any], gpu: Any) -> None:
+    """The current stream is busy: what ran there would come too late, or too early."""
+    case = make_case([700, 65], 16, 2, device=gpu, **form)
+    wide = torch.full((2, 2, 32, 576), math.nan, dtype=torch.bfloat16, device=gpu)
+    wide[:, :, :16] = case.q
+    q = case.q if form else wide[:, :, :16]
+    lengths = lengths_of(case)
+    expected = mla_decode.decode(q, case.kv_cache, case.block_table, lengths)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for chosen in (stream, stream.cuda_stream):
+        torch.cuda._sleep(200_000_000)
+        out, lse = mla_decode.decode(q, case.kv_cache, case.block_table, lengths, stream=chosen)
+        stream.synchronize()
+        with torch.cuda.stream(stream):
             assert same_bits(out, expected[0])
             assert same_bits(lse, expected[1])
 

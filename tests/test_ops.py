@@ -140,6 +140,9 @@ def test_decode_compiles_into_one_graph(given: str, device: str) -> None:
     expected, expected_lse = mla_decode.decode(
         case.q, case.kv_cache, case.block_table, lengths, **options
     )
+    reference, by_head = attention(Case(**{**vars(case), "lse_base": 2.0, "lse_empty": -math.inf}))
+    by_token = by_head.transpose(1, 2).reshape(expected_lse.shape)
+    assert compare(expected, expected_lse, reference, by_token).passed
     if given == "list":
         lengths = case.seq_lens
     if given == "Plan":

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import mla_decode
 import pytest
+import torch
 
 from tools import readme_table
 
@@ -76,15 +82,81 @@ def test_readme_names_the_two_commands() -> None:
     assert "\nmake test" in readme
 
 
-def test_the_usage_example_runs_as_it_stands() -> None:
+@pytest.fixture(scope="module")
+def examples() -> dict[str, str]:
+    """The README's Python, by what is shown. It takes a GPU if there is one, of whatever kind; the
+    promise here is the CPU's."""
     readme = readme_table.README.read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(example.splitlines()) <= 15
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names = ("call", "graph", "compile", "flash_mla", "context_parallel")
+    assert len(blocks) == len(names)
+    return {
+        name: block.replace("torch.cuda.is_available()", "False")
+        for name, block in zip(names, blocks, strict=True)
+    }
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def test_the_examples_of_one_process_run_as_they_stand(
+    examples: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "flash_mla", types.ModuleType("flash_mla"))
+    assert all(len(example.splitlines()) <= 25 for example in examples.values())
     names: dict[str, Any] = {}
-    # The example takes a GPU if there is one, of whatever kind; the promise here is the CPU's.
-    exec(example.replace("torch.cuda.is_available()", "False"), names)
+    exec(examples["call"], names)
     assert list(names["out"].shape) == [2, 4, 16, 512]
     assert list(names["lse"].shape) == [2, 16, 4]
+    q, kv_cache, table = names["q"], names["kv_cache"], names["block_table"]
+
+    exec(examples["graph"], names)
+    assert names["lengths"].tolist() == [4641 + 12, 1730 + 12]
+    for cache, (out, _) in zip((kv_cache, kv_cache.flip(0)), names["results"], strict=True):
+        expected, _ = mla_decode.decode(q, cache, table, [4653, 1742])
+        assert relative_error(out, expected) < 4e-3
+
+    # The source of what torch.compile compiles must be in a file.
+    path = tmp_path / "layer.py"
+    path.write_text(examples["compile"])
+    torch._dynamo.reset()
+    exec(compile(path.read_text(), str(path), "exec"), names)
+    halved, _ = mla_decode.decode(q * 0.5, kv_cache, table, [4653, 1742])
+    assert relative_error(names["compiled"], halved + 1) < 4e-3
+
+    exec(examples["flash_mla"], names)
+    expected, expected_lse = mla_decode.decode(q, kv_cache, table, [4653, 1742])
+    assert relative_error(names["flash_out"], expected) < 4e-3
+    torch.testing.assert_close(names["flash_lse"], expected_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_context_parallel_example_runs_on_two_ranks(
+    examples: dict[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(
+        examples["call"]
+        + examples["context_parallel"]
+        + "error = float((merged.double() - out.double()).norm() / out.double().norm())\n"
+        + "assert error < 4e-3, error\n"
+        + f"open(rf'{tmp_path}/rank{{rank}}of{{ranks}}', 'w').close()\n"
+        + "dist.destroy_process_group()\n"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", path],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "python"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert {path.name for path in tmp_path.glob("rank*")} == {"rank0of2", "rank1of2"}
 
 
 def test_the_format_page_has_every_rule_of_the_validator() -> None:

@@ -182,6 +182,23 @@ def test_trace_names_every_slice(drawn: Timeline, tmp_path: Path) -> None:
             assert f"{s.instruction.q_batch} keys [{s.instruction.start}, " in e["name"]
 
 
+def test_trace_tells_requests_from_kv_heads_and_runs_in_short(tmp_path: Path) -> None:
+    plan = mla_decode.plan([9000, 64], 16, num_kv_heads=2, num_workers=8)
+    drawn = timeline.predicted(plan)
+    everyone = {(request, kv_head) for request in (0, 1) for kv_head in (0, 1)}
+    assert {(s.request, s.kv_head) for s in drawn.slices if s.kind == "partial"} == everyone
+    found = [e["args"] for e in events(drawn, tmp_path) if "uid" in e.get("args", {})]
+    partials = [args for args in found if "keys" in args]
+    assert {(args["request"], args["KV head"]) for args in partials} == everyone
+    runs = [args["inputs"] for args in found if "inputs" in args]
+    reductions = [s for s in drawn.slices if isinstance(s.instruction, Reduction)]
+    assert runs
+    for text, s in zip(runs, sorted(reductions, key=lambda s: (s.worker, s.end_us)), strict=True):
+        assert isinstance(s.instruction, Reduction)
+        inputs = s.instruction.inputs
+        assert text.startswith(f"{len(inputs)} slots, {inputs[0]} to {inputs[-1]}")
+
+
 def test_slices_of_a_track_nest_or_follow_each_other(drawn: Timeline, tmp_path: Path) -> None:
     """What Perfetto needs: no partial overlap on one track."""
     by_track: dict[int, list[tuple[float, float]]] = {}

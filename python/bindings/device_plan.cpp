@@ -5,49 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <memory>
 
-#include "scheduler/problem.h"
+#include "scheduler/device_plan_host.h"
 
 namespace py = pybind11;
 
 namespace {
-
-struct TeamOfOne {
-    int rank() const { return 0; }
-    int size() const { return 1; }
-    int lane() const { return 0; }
-    int lanes() const { return 1; }
-    int group() const { return 0; }
-    int num_groups() const { return 1; }
-    void sync() const {}
-    int64_t sum(int64_t x) const { return x; }
-    int max(int x) const { return x; }
-    template <class T>
-    T atomic_add(T* to, T x) const {
-        const T before = *to;
-        *to += x;
-        return before;
-    }
-    template <class T>
-    void atomic_max(T* to, T x) const {
-        *to = std::max(*to, x);
-    }
-    template <class T>
-    void atomic_min(T* to, T x) const {
-        *to = std::min(*to, x);
-    }
-    void prefix_sums(int64_t* values, int n) const {
-        int64_t before = 0;
-        for (int i = 0; i < n; ++i) {
-            const int64_t value = values[i];
-            values[i] = before;
-            before += value;
-        }
-        values[n] = before;
-    }
-};
 
 using IntArray = py::array_t<int32_t, py::array::c_style>;
 
@@ -126,14 +90,13 @@ void plan(const IntArray& seq_lens,
         header.size() < mla::kDevicePlanHeaderWords) {
         throw py::value_error("instructions, header: too small for a plan of these sizes");
     }
-    const auto needed = mla::device_plan_capacity(problem);
-    // operator new aligns to 16 bytes, as the state wants it.
+    problem = mla::with_constants(problem);
     const std::unique_ptr<unsigned char[]> memory(
-        new unsigned char[mla::device_plan_layout(problem, needed, nullptr, nullptr)]);
+        new unsigned char[mla::device_plan_layout(problem, nullptr, nullptr)]);
     mla::DevicePlanState state;
-    mla::device_plan_layout(problem, needed, memory.get(), &state);
-    const TeamOfOne team;
-    mla::DevicePlanner<TeamOfOne>(team, problem, state)
+    mla::device_plan_layout(problem, memory.get(), &state);
+    const mla::TeamOfOne team;
+    mla::DevicePlanner<mla::TeamOfOne>(team, problem, state)
         .run(instructions.mutable_data(), header.mutable_data());
 }
 

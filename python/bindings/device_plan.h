@@ -1,7 +1,7 @@
 // A device plan's problem as Python passes it, for both extension modules.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -21,19 +21,21 @@ inline DevicePlanCost device_plan_cost(const std::vector<double>& values) {
     }
     for (size_t i = 0; i < values.size(); ++i) model.*kCostFields[i].value = values[i];
     check_cost_model(model);
-    const auto ns = [](double us) { return static_cast<int64_t>(std::llround(us * 1e3)); };
-    const auto ps = [](double us) { return static_cast<int64_t>(std::llround(us * 1e6)); };
+    const auto scaled = [](double us, double scale) {
+        const double value = std::min(us * scale + 0.5, double{device_plan::kMaxCost});
+        return static_cast<uint32_t>(value);
+    };
+    const auto ns = [&](double us) { return scaled(us, 1e3); };
+    const auto ns_1024 = [&](double us) { return scaled(us, 1024e3); };
+    constexpr double kRowKib = 2;  // of O, in fp32
     DevicePlanCost cost{};
-    cost.launch = ns(model.launch_us);
-    cost.partial_fixed = ns(model.partial_fixed_us);
     cost.partial_next = ns(model.partial_next_us);
     cost.tile_compute = ns(model.partial_tile_compute_us);
     cost.reduction_fixed = ns(model.reduction_fixed_us);
     cost.dependency = ns(model.dependency_us);
-    cost.store_kib = ps(model.partial_store_kib_us);
-    cost.tile = ps(model.partial_tile_us);
-    cost.tile_contention = ps(model.partial_tile_contention_us);
-    cost.reduction_kib = ps(model.reduction_kib_us);
+    cost.tile_1024 = ns_1024(model.partial_tile_us);
+    cost.tile_contention_1024 = ns_1024(model.partial_tile_contention_us);
+    cost.reduction_row_1024 = ns_1024(model.reduction_kib_us * kRowKib);
     return cost;
 }
 
@@ -51,7 +53,7 @@ inline void check_device_plan(const DevicePlanProblem& p) {
     check_range("instructions that a plan of these sizes may need",
                 capacity.instructions,
                 0,
-                (int64_t{1} << Counts::kBits) - 1);
+                device_plan::kMaxInstructions);
 }
 
 }  // namespace mla

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +23,6 @@ from .words import (
     ROPE_DIM,
     TIMING_WORDS,
 )
-
-# Sizes and strides (in elements) of a tensor as the extension takes them.
-Geometry: TypeAlias = tuple[list[int], list[int]]
 
 DTYPES = (torch.bfloat16, torch.float16)  # of queries, cache and output, all the same
 
@@ -430,21 +426,6 @@ def _differences(name: str, starts: torch.Tensor, end: int) -> npt.NDArray[np.in
     if values[-1] > end:
         raise RangeError(f"{name}: expected to end at {end} or below, got {values[-1]}")
     return sizes
-
-
-def geometry(tensor: torch.Tensor) -> Geometry:
-    """Sizes and strides (in elements) of a tensor as the extension takes them.
-
-    The stride of a dimension of size 1 means nothing to torch and may be anything;
-    the TMA still checks it, so it is replaced by that of a dense tensor.
-    """
-    sizes, strides = list(tensor.shape), list(tensor.stride())
-    dense = 1
-    for dim in reversed(range(len(sizes))):
-        if sizes[dim] == 1:
-            strides[dim] = dense
-        dense = max(dense, strides[dim] * sizes[dim])
-    return sizes, strides
 
 
 def require_supported_query(num_heads: object, new_tokens: object) -> None:

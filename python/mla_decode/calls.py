@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -17,6 +17,7 @@ from .workspace import WorkspaceViews
 
 if TYPE_CHECKING:
     from ._kernels import DecodeLayout
+    from .device_plan import DevicePlan
 
 TensorOrPair: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -35,6 +36,26 @@ class Options:
     lse_base: float = math.e
     lse_empty: float = math.inf
     lse_layout: str | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch on the GPU is given beside the caller's tensors; the same for many calls."""
+
+    binding: object
+    """That of the plan; see `Plan.binding`."""
+    views: WorkspaceViews
+    spin_timeout_ns: int
+    enqueue: Callable[..., None]
+    """``DecodeLayout.launch``"""
+    num_ctas: int
+    num_instructions: int
+    instructions: int
+    """This and the rest are addresses."""
+    queue_state: int
+    o_scratch: int
+    lvec_scratch: int
+    completion_flag: int
 
 
 @dataclass
@@ -67,13 +88,15 @@ class Call:
     num_sms: int = 0
     layouts: dict[int, DecodeLayout] = field(default_factory=dict)
     """By rows of a scratch slot, once a call passed all checks; CUDA, one KV head."""
-    fits: set[Hashable] = field(default_factory=set)
-    """Sizes of plans that were found to fit."""
-    views: WorkspaceViews | None = None
-    scratch: tuple[int, int, int, int] = (0, 0, 0, 0)
-    """Addresses of the queue state and the scratch of ``views``."""
+    launch: Launch | None = None
+    """The last one."""
+    device_plans: dict[Hashable, DevicePlan] = field(default_factory=dict)
+    """Those that calls without a plan use, by stream and ``batch_invariant``."""
 
     def __post_init__(self) -> None:
+        # Half the time of torch.empty, which an eager call would spend on little else.
+        self._new_out = torch.empty(0, dtype=self.dtype, device=self.device).new_empty
+        self._new_lse = torch.empty(0, dtype=torch.float32, device=self.device).new_empty
         self.fit_key = (
             self.batch,
             self.s_q,
@@ -91,22 +114,10 @@ class Call:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The caller's outputs, or new ones."""
         if out is None:
-            out = torch.empty(self.out_shape, dtype=self.dtype, device=self.device)
+            out = self._new_out(*self.out_shape)
         if lse is None:
-            lse = torch.empty(self.lse_shape, dtype=torch.float32, device=self.device)
+            lse = self._new_lse(*self.lse_shape)
         return out, lse
-
-    def scratch_of(self, views: WorkspaceViews) -> tuple[int, int, int, int]:
-        """Addresses of queue state, partial outputs, partial LSEs and flags."""
-        if views is not self.views:
-            self.views = views
-            self.scratch = (
-                views.queue_state.data_ptr(),
-                views.o_scratch.data_ptr(),
-                views.lvec_scratch.data_ptr(),
-                views.completion_flag.data_ptr(),
-            )
-        return self.scratch
 
 
 @dataclass(frozen=True)

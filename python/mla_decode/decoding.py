@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, TypeAlias
+from contextlib import AbstractContextManager
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from . import calls, checks, interpreter, native, raw
-from .calls import DEFAULT_SOFTMAX_SCALE, Call, Inputs, Options, TensorOrPair
+from .calls import DEFAULT_SOFTMAX_SCALE, Call, Inputs, Launch, Options, TensorOrPair
 from .device_plan import DevicePlan, PlannedWords
 from .errors import DeviceError, DtypeError, RangeError, ShapeError, UnsupportedError
 from .lengths import MAX_SEQ_LEN, SeqLens, host_seq_lens, tokens_from_offsets
@@ -19,9 +20,6 @@ from .planning import Plan, PlanCache
 from .queue_check import check_words
 from .words import LATENT_DIM, MAX_HEADS, MAX_NEW_TOKENS
 from .workspace import Workspace, WorkspaceViews, cached_workspace, release_workspaces
-
-if TYPE_CHECKING:
-    from ._kernels import DecodeLayout
 
 __all__ = ["DEFAULT_SOFTMAX_SCALE", "TensorOrPair", "decode", "interpret", "release_caches"]
 
@@ -129,7 +127,8 @@ def decode(
         ``[T, H]``, the default for ``q [T, H, 576]``.
     batch_invariant : bool
         For calls without a plan: plan every request by itself, so that its output bits do not
-        depend on the rest of the batch. A plan has this property or not by itself.
+        depend on the rest of the batch. A plan has this property or not by itself. By the
+        cost model it takes 1.2 to 2.2 times as long (docs/serving.md).
     timings : Tensor, optional
         ``[num_instructions, 8]`` int32, see `mla_decode.mla_decode`; selects the slower
         kernel that records them.
@@ -142,7 +141,8 @@ def decode(
         Check lengths on the GPU against the plan (waits for the GPU). Those on the CPU are
         always checked against a `Plan`.
     stream : torch.cuda.Stream or int, optional
-        Where to enqueue; the current stream when None.
+        Where to enqueue, and to make new outputs and the copies that a call may need; the
+        current stream when None.
     spin_timeout_ns : int
         Nanoseconds after which a wait inside the kernel gives up. CUDA only.
 
@@ -197,11 +197,13 @@ def decode(
                 "check_seq_lens": check_seq_lens or None,
             },
         )
+    if stream is not None:
+        given = {**locals(), "stream": None}
+        with _current_stream_being(stream, q):  # for copies and new outputs as for the launch
+            return decode(**given)
     layout = checks.layout
     key = (
-        tuple(map(layout, q)) if isinstance(q, tuple) else layout(q),
-        tuple(map(layout, kv_cache)) if isinstance(kv_cache, tuple) else layout(kv_cache),
-        None if block_table is None else layout(block_table),
+        _main_layouts(q, kv_cache, block_table),
         None if cu_seqlens_q is None else layout(cu_seqlens_q),
         None if kv_indptr is None else layout(kv_indptr),
         # Without its length, which changes from step to step and decides nothing.
@@ -222,65 +224,50 @@ def decode(
         scale = DEFAULT_SOFTMAX_SCALE if softmax_scale is None else softmax_scale
         options = Options(scale, causal, lse_base, lse_empty, lse_layout)
         call = calls.make_call(inputs, options)
+        if call.device.type == "cuda":
+            call.index = native.require(call.device)
     if torch.is_grad_enabled():
         _refuse_gradients(q, kv_cache)
-    device = call.device
     handle = 0
-    if device.type == "cuda":
-        if call.index < 0:
-            call.index = native.require(device)
-        if stream is None:
-            handle = native.current_stream(call.index)
-        else:
-            handle = native.stream_handle(stream, device)
+    if call.index >= 0:
+        handle = native.current_stream(call.index)
         native.raise_pending_on(call.index)
-    elif stream is not None:
-        raise DeviceError("stream: expected None for CPU tensors")
     if plan is None:
-        plan = _own_plan(call, seq_lens, cu_seqlens_q, batch_invariant, handle)
+        plan = _own_plan(call, seq_lens, cu_seqlens_q, kv_indptr, batch_invariant, handle)
     elif not isinstance(plan, _PLANS):
         raise DtypeError(f"plan: expected a Plan or a DevicePlan, got {type(plan).__name__}")
     elif seq_lens is not None:
         _require_lengths(plan, seq_lens, call.batch, check_seq_lens)
-    if plan.fit_key not in call.fits:
-        _require_plan(call, plan)
-    if plan.max_seq_len > call.capacity:
-        plan.require_capacity(call.capacity, call.capacity_text)
-    if check_block_table:
-        _check_block_ids(call, plan, block_table, kv_indptr, kv_indices)
     if workspace is None:
-        views = _own_views(device, handle, plan.num_slots, plan.slot_rows)
+        views = _own_views(call.device, handle, plan.num_slots, plan.slot_rows)
     else:
-        if workspace.device != device:
-            workspace.require_device(device)
         views = workspace.views(plan.num_slots, plan.slot_rows)
-    kernel = call.layouts.get(plan.slot_rows)
-    if kernel is None or timings is not None:
-        inputs = inputs or Inputs(
-            q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink
-        )
-        out, lse = call.outputs(out, lse)
-        _run_checked(
-            call, inputs, plan, views, out, lse, timings, stream or handle, spin_timeout_ns
-        )
-        checks.remember(_calls, key, call)
-        return out, lse
-    return _launch(
-        call,
-        kernel,
-        q,
-        kv_cache,
-        block_table if kv_indices is None else kv_indices,
-        cu_seqlens_q,
-        kv_indptr,
-        attn_sink,
-        plan.queue(device),
-        plan.num_workers,
-        call.scratch_of(views),
-        out,
-        lse,
-        handle,
-        spin_timeout_ns,
+    launch = call.launch
+    if (
+        launch is None
+        or launch.binding is not plan.binding
+        or launch.views is not views
+        or launch.spin_timeout_ns != spin_timeout_ns
+        or timings is not None
+        or check_block_table
+    ):
+        _require_plan(call, plan)
+        if workspace is not None:
+            workspace.require_device(call.device)
+        if check_block_table:
+            _check_block_ids(call, plan, block_table, kv_indptr, kv_indices)
+        launch = _bound(call, plan, views, spin_timeout_ns) if timings is None else None
+        if launch is None:
+            inputs = inputs or Inputs(
+                q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink
+            )
+            out, lse = call.outputs(out, lse)
+            _run_checked(call, inputs, plan, views, out, lse, timings, handle, spin_timeout_ns)
+            checks.remember(_calls, key, call)
+            return out, lse
+    block_ids = block_table if kv_indices is None else kv_indices
+    return _enqueue(
+        call, launch, q, kv_cache, block_ids, cu_seqlens_q, kv_indptr, attn_sink, out, lse, handle
     )
 
 
@@ -327,13 +314,12 @@ def interpret(
     if call.device.type != "cpu":
         raise DeviceError(f"q: expected device cpu, got {call.device}")
     if plan is None:
-        plan = _own_plan(call, seq_lens, cu_seqlens_q, batch_invariant, 0)
+        plan = _own_plan(call, seq_lens, cu_seqlens_q, kv_indptr, batch_invariant, 0)
     elif not isinstance(plan, _PLANS):
         raise DtypeError(f"plan: expected a Plan or a DevicePlan, got {type(plan).__name__}")
     elif seq_lens is not None:
         _require_lengths(plan, seq_lens, call.batch, check=True)
     _require_plan(call, plan)
-    plan.require_capacity(call.capacity, call.capacity_text)
     if workspace is None:
         workspace = Workspace("cpu", plan.num_slots, plan.slot_rows)
         workspace.poison()
@@ -419,28 +405,92 @@ def require_block_lists(
             )
 
 
+def _current_stream_being(
+    stream: torch.cuda.Stream | int, q: TensorOrPair
+) -> AbstractContextManager[None]:
+    """The context in which ``stream`` is the current one of q's device."""
+    part = checks.require_tensor("q", q[0] if isinstance(q, tuple) and q else q)
+    if not part.is_cuda:
+        raise DeviceError("stream: expected None for CPU tensors")
+    handle = native.stream_handle(stream, part.device)
+    if handle == 0:
+        stream = torch.cuda.default_stream(part.device)
+    elif isinstance(stream, int):
+        stream = torch.cuda.ExternalStream(handle, part.device)  # type: ignore[no-untyped-call]
+    context: AbstractContextManager[None] = torch.cuda.stream(stream)
+    return context
+
+
+def _main_layouts(
+    q: TensorOrPair, kv_cache: TensorOrPair, block_table: torch.Tensor | None
+) -> Hashable:
+    """`checks.layout` of each; spelled out for plain tensors, since every call pays for it."""
+    tensor = torch.Tensor
+    if isinstance(q, tensor) and isinstance(kv_cache, tensor) and isinstance(block_table, tensor):
+        return (
+            q.shape,
+            q.stride(),
+            q.dtype,
+            q.device,
+            kv_cache.shape,
+            kv_cache.stride(),
+            kv_cache.dtype,
+            kv_cache.device,
+            q.data_ptr() % checks.TMA_BYTES,
+            kv_cache.data_ptr() % checks.TMA_BYTES,
+            block_table.shape,
+            block_table.stride(),
+            block_table.dtype,
+            block_table.device,
+            block_table.data_ptr() % 4,
+        )
+    return tuple(
+        tuple(map(checks.layout, value)) if isinstance(value, tuple) else checks.layout(value)
+        for value in (q, kv_cache, block_table)
+    )
+
+
 def _layout_without_size(value: torch.Tensor) -> Hashable:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return value.dim(), value.stride(), value.dtype, value.device
 
 
-def _launch(
+def _bound(call: Call, plan: AnyPlan, views: WorkspaceViews, spin_timeout_ns: int) -> Launch | None:
+    """A launch of this plan with this scratch, kept for the next call; None before the first."""
+    kernel = call.layouts.get(plan.slot_rows)
+    if kernel is None:
+        return None
+    checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, raw.MAX_SPIN_TIMEOUT_NS)
+    instructions, num_instructions = plan.queue(call.device)
+    call.launch = Launch(
+        binding=plan.binding,
+        views=views,
+        spin_timeout_ns=spin_timeout_ns,
+        enqueue=kernel.launch,
+        num_ctas=min(plan.num_workers, call.num_sms),
+        num_instructions=num_instructions,
+        instructions=instructions,
+        queue_state=views.queue_state.data_ptr(),
+        o_scratch=views.o_scratch.data_ptr(),
+        lvec_scratch=views.lvec_scratch.data_ptr(),
+        completion_flag=views.completion_flag.data_ptr(),
+    )
+    return call.launch
+
+
+def _enqueue(
     call: Call,
-    kernel: DecodeLayout,
+    launch: Launch,
     q: TensorOrPair,
     kv_cache: TensorOrPair,
     block_ids: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     kv_indptr: torch.Tensor | None,
     attn_sink: torch.Tensor | None,
-    queue: tuple[int, int],
-    num_workers: int,
-    scratch: tuple[int, int, int, int],
     out: torch.Tensor | None,
     lse: torch.Tensor | None,
     handle: int,
-    spin_timeout_ns: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Enqueue a call of which everything was checked; this decides what an eager call costs."""
     assert block_ids is not None, "checked by make_call"
@@ -456,15 +506,12 @@ def _launch(
     else:
         latent_address = kv_cache.data_ptr()
         rope_address = latent_address + _ROPE_OFFSET
-    if out is None:
-        out = torch.empty(call.out_shape, dtype=call.dtype, device=call.device)
-    if lse is None:
-        lse = torch.empty(call.lse_shape, dtype=torch.float32, device=call.device)
-    kernel.launch(
-        queue[0],
-        queue[1],
+    out, lse = call.outputs(out, lse)
+    launch.enqueue(
+        launch.instructions,
+        launch.num_instructions,
         0,
-        scratch[0],
+        launch.queue_state,
         q_address,
         q_pe_address,
         latent_address,
@@ -475,12 +522,12 @@ def _launch(
         out.data_ptr(),
         lse.data_ptr(),
         0 if attn_sink is None else attn_sink.data_ptr(),
-        scratch[1],
-        scratch[2],
-        scratch[3],
+        launch.o_scratch,
+        launch.lvec_scratch,
+        launch.completion_flag,
         0,
-        min(num_workers, call.num_sms),
-        spin_timeout_ns,
+        launch.num_ctas,
+        launch.spin_timeout_ns,
         handle,
     )
     return out, lse
@@ -494,7 +541,7 @@ def _run_checked(
     out: torch.Tensor,
     lse: torch.Tensor,
     timings: torch.Tensor | None,
-    stream: torch.cuda.Stream | int,
+    handle: int,
     spin_timeout_ns: int,
 ) -> None:
     """Check everything, then launch or interpret; the next launch of its kind is `_launch`."""
@@ -506,7 +553,7 @@ def _run_checked(
     arguments.check(call.names)
     raw.run_checked(
         arguments,
-        stream if on_gpu else None,
+        handle if on_gpu else None,
         min(plan.num_workers, native.num_sms(call.device)) if on_gpu else 0,
         spin_timeout_ns,
         check_queue=not on_gpu,  # a plan's words were proved when it was made
@@ -544,6 +591,7 @@ def _own_plan(
     call: Call,
     seq_lens: SeqLens | None,
     cu_seqlens_q: torch.Tensor | None,
+    kv_indptr: torch.Tensor | None,
     batch_invariant: bool,
     handle: int,
 ) -> Plan | DevicePlan:
@@ -552,14 +600,14 @@ def _own_plan(
         raise DtypeError("seq_lens: expected lengths, or a plan that holds them, got None")
     on_gpu = call.device.type == "cuda"
     if on_gpu and isinstance(seq_lens, torch.Tensor) and seq_lens.is_cuda:
-        return _planned_on_gpu(call, seq_lens, cu_seqlens_q, batch_invariant, handle)
+        return _planned_on_gpu(call, seq_lens, cu_seqlens_q, kv_indptr, batch_invariant, handle)
     lengths = host_seq_lens(seq_lens)
     if lengths.size != call.batch:
         raise ShapeError(f"seq_lens: expected shape [{call.batch}] as q, got [{lengths.size}]")
     if on_gpu and cu_seqlens_q is not None:
         # The offsets are on the GPU, so the lengths go there too.
         on_device = torch.from_numpy(lengths).to(call.device)
-        return _planned_on_gpu(call, on_device, cu_seqlens_q, batch_invariant, handle)
+        return _planned_on_gpu(call, on_device, cu_seqlens_q, kv_indptr, batch_invariant, handle)
     return _plans.get(
         lengths,
         call.num_heads,
@@ -576,14 +624,25 @@ def _planned_on_gpu(
     call: Call,
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None,
+    kv_indptr: torch.Tensor | None,
     batch_invariant: bool,
     handle: int,
 ) -> DevicePlan:
     """The plan on this stream for calls of these sizes, updated."""
     if seq_lens.dtype is torch.int64:
         seq_lens = seq_lens.clamp(-1, (1 << 31) - 1).to(torch.int32)
-    limit = min(call.capacity, MAX_SEQ_LEN)
-    room = limit
+    plan = call.device_plans.get((handle, batch_invariant))
+    if plan is None:
+        plan = _device_plan(call, cu_seqlens_q is not None, batch_invariant, handle)
+        call.device_plans[handle, batch_invariant] = plan
+    plan.rebind(call.total_tokens, min(call.capacity, MAX_SEQ_LEN))
+    block_size = None if kv_indptr is None else call.block_size
+    return plan.update(seq_lens, cu_seqlens_q, handle, kv_indptr=kv_indptr, block_size=block_size)
+
+
+def _device_plan(call: Call, ragged: bool, batch_invariant: bool, handle: int) -> DevicePlan:
+    """The plan that calls of nearly these sizes share on a stream, made now or before."""
+    room = limit = min(call.capacity, MAX_SEQ_LEN)
     if not batch_invariant and limit:
         # Tables of nearly the same width share buffers, sized for the next power of two.
         room = min(1 << (limit - 1).bit_length(), MAX_SEQ_LEN)
@@ -601,12 +660,11 @@ def _planned_on_gpu(
             num_kv_heads=call.num_kv_heads,
             total_tokens=token_room,
             max_seq_len=room,
-            ragged=cu_seqlens_q is not None,
+            ragged=ragged,
             batch_invariant=batch_invariant,
             device=call.device,
         )
-    plan.rebind(call.total_tokens, limit)
-    return plan.update(seq_lens, cu_seqlens_q, handle)
+    return plan
 
 
 def _require_lengths(plan: AnyPlan, seq_lens: SeqLens, batch: int, check: bool) -> None:
@@ -624,9 +682,9 @@ def _require_lengths(plan: AnyPlan, seq_lens: SeqLens, batch: int, check: bool) 
 
 
 def _require_plan(call: Call, plan: AnyPlan) -> None:
-    """Check that the plan was made for a call of these sizes; remembered for the next call."""
+    """Check that the plan was made for a call of these sizes, and fits its block ids."""
     plan.require_fits(*call.fit_key)
-    call.fits.add(plan.fit_key)
+    plan.require_capacity(call.capacity, call.capacity_text)
 
 
 def _check_block_ids(
@@ -636,6 +694,11 @@ def _check_block_ids(
     kv_indptr: torch.Tensor | None,
     kv_indices: torch.Tensor | None,
 ) -> None:
+    if call.index >= 0 and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            "check_block_table: block ids cannot be read while a CUDA graph is captured; call once "
+            "before with it"
+        )
     lengths = (plan if isinstance(plan, Plan) else plan.to_host()).seq_lens
     if block_table is not None:
         require_block_table(block_table, lengths, call.block_size, call.num_blocks)
@@ -645,9 +708,13 @@ def _check_block_ids(
 
 def _refuse_gradients(q: TensorOrPair, kv_cache: TensorOrPair) -> None:
     for name, value in (("q", q), ("kv_cache", kv_cache)):
-        for part in value if isinstance(value, tuple) else (value,):
-            if part.requires_grad:
-                raise UnsupportedError(
-                    f"{name}: expected a tensor that requires no gradient: decode has none; call "
-                    "it under torch.no_grad() or torch.inference_mode(), or detach"
-                )
+        learns = (
+            any(p.requires_grad for p in value)
+            if isinstance(value, tuple)
+            else (value.requires_grad)
+        )
+        if learns:
+            raise UnsupportedError(
+                f"{name}: expected a tensor that requires no gradient: decode has none; call it "
+                "under torch.no_grad() or torch.inference_mode(), or detach"
+            )

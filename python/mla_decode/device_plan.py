@@ -154,8 +154,12 @@ class DevicePlan:
         self._header_ptr = self.header.data_ptr()
         self._seq_lens: torch.Tensor | None = None
         self._cu_seqlens_q: torch.Tensor | None = None
+        self._kv_indptr: torch.Tensor | None = None
+        self._block_size = 0
+        self._passed: object = None  # layouts of the tensors that `update` found right last
         s_q = 0 if ragged else new_tokens
         self.fit_key: _FitKey = (num_requests, s_q, self.total_tokens, num_heads, num_kv_heads)
+        self.binding = object()  # see Plan
 
     @property
     def capacity(self) -> int:
@@ -181,6 +185,9 @@ class DevicePlan:
         seq_lens: torch.Tensor,
         cu_seqlens_q: torch.Tensor | None = None,
         stream: torch.cuda.Stream | int | None = None,
+        *,
+        kv_indptr: torch.Tensor | None = None,
+        block_size: int | None = None,
     ) -> DevicePlan:
         """Plan for these lengths; on the GPU enqueued, and nothing waits for it.
 
@@ -197,6 +204,11 @@ class DevicePlan:
         stream : torch.cuda.Stream or int, optional
             Where to enqueue; the current stream when None. The decode calls that use the plan
             must come later on the same stream, or wait for it.
+        kv_indptr : Tensor, optional
+            ``[num_requests + 1]`` int32 on the plan's device, as of `mla_decode.decode`: a
+            length beyond the keys that the request's own blocks hold is out of range too.
+        block_size : int, optional
+            Tokens per block of the cache; with ``kv_indptr`` only.
 
         Returns
         -------
@@ -211,14 +223,16 @@ class DevicePlan:
             A length out of range: on the CPU one of these, after planning what it was
             clamped to; on the GPU one of an earlier call.
         """
-        self._require(seq_lens, cu_seqlens_q)
-        self._seq_lens, self._cu_seqlens_q = seq_lens, cu_seqlens_q
-        if self.device.type == "cuda":
+        given = (seq_lens, cu_seqlens_q, kv_indptr)
+        layouts = (block_size, *map(checks.layout, given))
+        if layouts != self._passed:
+            self._require(*given, block_size)
+            self._passed = layouts
+        self._seq_lens, self._cu_seqlens_q, self._kv_indptr = given
+        self._block_size = block_size or 0
+        if self._index >= 0:
             native.raise_pending_on(self._index)
-            handle = native.stream_handle(stream, self.device)
-            self.enqueue(
-                seq_lens.data_ptr(), 0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(), handle
-            )
+            self._enqueue(native.stream_handle(stream, self.device))
             return self
         if stream is not None:
             raise DeviceError("stream: expected None for a plan on the CPU")
@@ -243,32 +257,12 @@ class DevicePlan:
         self.total_tokens = self._require_total_tokens(total_tokens)
         self.max_seq_len = max_seq_len
         self.fit_key = (*self.fit_key[:2], self.total_tokens, *self.fit_key[3:])
-
-    def enqueue(self, seq_lens: int, cu_seqlens_q: int, stream: int) -> None:
-        """`update` by addresses on the GPU, unchecked."""
-        native.enqueue_plan(
-            seq_lens,
-            cu_seqlens_q,
-            self.num_requests,
-            self.num_kv_heads,
-            self.new_tokens,
-            self.total_tokens,
-            self.heads_per_kv,
-            self.max_seq_len,
-            self.num_workers,
-            self.split_tiles,
-            self._cost,
-            self._queue[0],
-            self._queue[1],
-            self._header_ptr,
-            self._index,
-            stream,
-        )
+        self.binding = object()
 
     def to_host(self) -> Plan:
         """The plan as the device made it, to inspect, validate or save; waits for the device.
 
-        Its lengths are read now from the tensors that `update` was given, so they must still
+        Its lengths are read now from the tensors that `update` was given, so these must still
         hold what was planned.
 
         Returns
@@ -279,16 +273,20 @@ class DevicePlan:
         Raises
         ------
         UnsupportedError
-            Nothing was planned yet.
+            Nothing was planned yet, or a CUDA graph is being captured.
         """
         if self._seq_lens is None:
             raise UnsupportedError("DevicePlan: expected an update before to_host")
         if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                raise UnsupportedError(
+                    "DevicePlan: expected to_host outside the capture of a CUDA graph"
+                )
             torch.cuda.synchronize(self.device)
         header = self.header.cpu().numpy()
         count = int(header[HEADER_INSTRUCTIONS])
         words = np.ascontiguousarray(self.instructions[:count].cpu().numpy())
-        lengths = self._seq_lens.cpu().numpy().clip(0, self.max_seq_len).astype(np.int32)
+        lengths = self._seq_lens.cpu().numpy().clip(0, self._limits()).astype(np.int32)
         tokens: int | tuple[int, ...] = self.new_tokens
         if self._cu_seqlens_q is not None:
             tokens = tokens_from_offsets(self._cu_seqlens_q.cpu(), self.num_requests)
@@ -306,7 +304,7 @@ class DevicePlan:
             num_kv_heads=self.num_kv_heads,
             total_tokens=self.total_tokens,
             num_workers=self.num_workers,
-            policy="fixed" if self.split_tiles else "balanced",
+            policy="batch_invariant" if self.split_tiles else "balanced",
             split_tiles=self.split_tiles,
             instructions=words,
             num_slots=int(header[HEADER_SLOTS]),
@@ -360,6 +358,28 @@ class DevicePlan:
             f"tokens, {self.max_seq_len} keys at most, {self.device})"
         )
 
+    def _enqueue(self, stream: int) -> None:
+        assert self._seq_lens is not None, "set by update"
+        native.enqueue_plan(
+            self._seq_lens.data_ptr(),
+            native.address(self._cu_seqlens_q),
+            native.address(self._kv_indptr),
+            self._block_size,
+            self.num_requests,
+            self.num_kv_heads,
+            self.new_tokens,
+            self.total_tokens,
+            self.heads_per_kv,
+            self.max_seq_len,
+            self.num_workers,
+            self.split_tiles,
+            self._cost,
+            *self._queue,
+            self._header_ptr,
+            self._index,
+            stream,
+        )
+
     def _require_total_tokens(self, total_tokens: int | None) -> int:
         whole = self.num_requests * self.new_tokens
         if total_tokens is None:
@@ -371,21 +391,42 @@ class DevicePlan:
             )
         return total_tokens
 
-    def _require(self, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:
+    def _limits(self) -> npt.NDArray[np.int64]:
+        """``[num_requests]``: the longest that each request may be."""
+        limits = np.full(self.num_requests, self.max_seq_len, dtype=np.int64)
+        if self._kv_indptr is None:
+            return limits
+        blocks = np.diff(self._kv_indptr.cpu().numpy().astype(np.int64))
+        own: npt.NDArray[np.int64] = np.minimum(limits, blocks.clip(0) * self._block_size)
+        return own
+
+    def _require(
+        self,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None,
+        kv_indptr: torch.Tensor | None,
+        block_size: int | None,
+    ) -> None:
         _require_integers("seq_lens", seq_lens, self.num_requests, self.device)
         if (cu_seqlens_q is not None) != self.ragged:
             wanted = "a tensor with ragged=True" if self.ragged else "None without ragged=True"
             raise DtypeError(f"cu_seqlens_q: expected {wanted}")
         if cu_seqlens_q is not None:
             _require_integers("cu_seqlens_q", cu_seqlens_q, self.num_requests + 1, self.device)
+        if (kv_indptr is None) != (block_size is None):
+            raise DtypeError("kv_indptr, block_size: expected both or neither")
+        if kv_indptr is not None:
+            _require_integers("kv_indptr", kv_indptr, self.num_requests + 1, self.device)
+            checks.require_int("block_size", block_size, 1, (1 << 31) - 1)
 
     def _update_on_cpu(self, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:
-        lengths = seq_lens.detach().numpy()
+        lengths, limits = seq_lens.detach().numpy(), self._limits()
         if cu_seqlens_q is not None:
             counts = tokens_from_offsets(cu_seqlens_q, self.num_requests)
             self._require_tokens(np.asarray(counts, dtype=np.int32))
+        header = self.header.numpy()
         _scheduler.device_plan(
-            seq_lens=lengths,
+            seq_lens=np.clip(lengths, 0, limits).astype(np.int32),
             cu_seqlens_q=None if cu_seqlens_q is None else cu_seqlens_q.numpy(),
             num_kv_heads=self.num_kv_heads,
             s_q=self.new_tokens,
@@ -396,12 +437,13 @@ class DevicePlan:
             split_tiles=self.split_tiles,
             cost=self._cost,
             instructions=self.instructions.numpy(),
-            header=self.header.numpy(),
+            header=header,
         )
-        if int(self.header[HEADER_BAD_LENGTHS]):
-            bad = (lengths < 0) | (lengths > self.max_seq_len)
-            request = int(np.flatnonzero(bad)[0])
-            raise native.bad_length(request, self.max_seq_len, int(lengths[request]))
+        bad = np.flatnonzero((lengths < 0) | (lengths > limits))
+        header[HEADER_BAD_LENGTHS] = bad.size
+        if bad.size:
+            request = int(bad[0])
+            raise native.bad_length(request, int(limits[request]), int(lengths[request]))
 
     def _require_tokens(self, tokens: npt.NDArray[np.int32]) -> None:
         if int(tokens.max(initial=0)) > self.new_tokens:
@@ -485,6 +527,7 @@ class PlannedWords:
         checks.require_dense("plan", words, checks.TMA_BYTES)
         self.words = words
         self.fit_key = fit_key
+        self.binding = object()  # see Plan
         _, s_q, _, heads, kv_heads = fit_key
         self.slot_rows = min(MAX_ROWS, (s_q or MAX_NEW_TOKENS) * (heads // kv_heads))
         self.num_slots = num_slots

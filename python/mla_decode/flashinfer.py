@@ -308,5 +308,10 @@ class BatchMLAPagedAttentionWrapper:
         return plan
 
     def _update(self, plan: DevicePlan) -> None:
-        plan.update(self._buffers["kv_len_arr"], self._buffers["qo_indptr"])
+        plan.update(
+            self._buffers["kv_len_arr"],
+            self._buffers["qo_indptr"],
+            kv_indptr=self._buffers["kv_indptr"],
+            block_size=self._page_size,
+        )
         self._is_planned = True

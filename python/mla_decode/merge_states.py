@@ -95,23 +95,19 @@ def _merge(
     padded = outs.dim() == _PADDED_DIMS
     ln_base = math.log(lse_base)
     dtype = torch.promote_types(torch.promote_types(outs.dtype, lses.dtype), torch.float32)
-    states = lses.transpose(-1, -2) if padded else lses  # one for each row of outs
-    states = states.to(dtype)
-    saw_no_key = states.isinf()
-    states = states.masked_fill(saw_no_key, -math.inf)
+    states = (lses.transpose(-1, -2) if padded else lses).to(dtype)  # one for each row of outs
+    states = states.nan_to_num(nan=math.nan, posinf=-math.inf, neginf=-math.inf)
     top = states.amax(0)
-    top = top.masked_fill(top == -math.inf, 0.0)  # -inf - -inf is NaN
-    weights = ((states - top) * ln_base).exp()
-    total = weights.sum(0)
-    blind = total == 0
-    denominator = total
+    # NaN in a row that no state has a key for, which nothing below lets through.
+    shares = ((states - top) * ln_base).softmax(0)
+    # The share of the largest state is its part of the sum.
+    lse = top - shares.amax(0).log() / ln_base
     if attn_sink is not None:
-        denominator = total + (attn_sink.to(dtype) - top * ln_base).exp()
-    shares = weights / denominator.masked_fill(blind, 1.0)
-    seen = outs.masked_fill(saw_no_key.unsqueeze(-1), 0.0)
-    out = (seen * shares.unsqueeze(-1)).sum(0).to(outs.dtype).contiguous()
-    lse = (top + total.log() / ln_base).masked_fill(blind, lse_empty).to(lses.dtype)
-    return out, (lse.transpose(-1, -2) if padded else lse).contiguous()
+        shares = shares * (lse * ln_base - attn_sink).sigmoid()
+    saw_no_key = (states == -math.inf).unsqueeze(-1)
+    out = (outs * shares.unsqueeze(-1)).masked_fill_(saw_no_key, 0.0).sum(0)
+    lse = lse.masked_fill_(top == -math.inf, lse_empty).to(lses.dtype)
+    return out.to(outs.dtype).contiguous(), (lse.transpose(-1, -2) if padded else lse).contiguous()
 
 
 _operator = torch.library.custom_op("mla_decode::merge_states", _merge, mutates_args=())

@@ -184,22 +184,21 @@ def row_stride(tensor: torch.Tensor) -> int:
     return tensor.stride(0) if tokens > 1 else int(width)
 
 
-def enqueue_plan(*arguments: Any) -> None:
-    """Enqueue the planning kernel; arguments as `_kernels.plan`."""
-    _kernels.plan(*arguments)
-
-
-def current_stream(index: int) -> int:
-    """``cudaStream_t`` of the current stream of a GPU, as an integer."""
-    return _current_raw_stream(index)
+def enqueue_plan(
+    seq_lens: int, cu_seqlens_q: int, kv_indptr: int, block_size: int, *rest: Any
+) -> None:
+    """Enqueue the planning kernel; arguments as `_kernels.plan`, which knows no ``kv_indptr``."""
+    del kv_indptr, block_size
+    _kernels.plan(seq_lens, cu_seqlens_q, *rest)
 
 
 def _public_raw_stream(index: int) -> int:
     return int(torch.cuda.current_stream(index).cuda_stream)
 
 
-# A tenth of the time of the public way, which makes an object of the stream first.
-_current_raw_stream: Callable[[int], int] = getattr(
+# ``cudaStream_t`` of the current stream of a GPU, as an integer. A tenth of the time of the public
+# way, which makes an object of the stream first.
+current_stream: Callable[[int], int] = getattr(
     torch._C, "_cuda_getCurrentRawStream", _public_raw_stream
 )
 

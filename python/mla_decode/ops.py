@@ -42,10 +42,12 @@ _INPUTS = (
     "int? plan_slots=None, int? plan_workers=None"
 )
 
-# With cu_seqlens_q, ``new_tokens`` counts for nothing: a request may have up to 16.
+# With cu_seqlens_q, ``new_tokens`` counts for nothing: a request may have up to 16. kv_indptr and
+# block_size as of `DevicePlan.update`.
 _PLAN = (
     "Tensor seq_lens, int num_heads, int new_tokens=1, *, Tensor? cu_seqlens_q=None, "
-    "int num_kv_heads=1, int? total_tokens=None, int max_seq_len, bool batch_invariant=False"
+    "int num_kv_heads=1, int? total_tokens=None, int max_seq_len, bool batch_invariant=False, "
+    "Tensor? kv_indptr=None, int? block_size=None"
 )
 
 _library: Any = torch.library.Library("mla_decode", "DEF")  # type: ignore[no-untyped-call]
@@ -118,6 +120,8 @@ def _plan(
     total_tokens: int | None = None,
     max_seq_len: int,
     batch_invariant: bool = False,
+    kv_indptr: torch.Tensor | None = None,
+    block_size: int | None = None,
 ) -> torch.Tensor:
     _require_total_tokens(cu_seqlens_q, total_tokens)
     made = DevicePlan(
@@ -131,7 +135,8 @@ def _plan(
         batch_invariant=batch_invariant,
         device=seq_lens.device,
     )
-    return made.update(seq_lens, cu_seqlens_q).instructions
+    made.update(seq_lens, cu_seqlens_q, kv_indptr=kv_indptr, block_size=block_size)
+    return made.instructions
 
 
 # Shapes, for fake tensors
@@ -173,7 +178,10 @@ def _fake_plan(
     total_tokens: int | None = None,
     max_seq_len: int,
     batch_invariant: bool = False,
+    kv_indptr: torch.Tensor | None = None,
+    block_size: int | None = None,
 ) -> torch.Tensor:
+    del kv_indptr, block_size
     _require_total_tokens(cu_seqlens_q, total_tokens)
     s_q = new_tokens if cu_seqlens_q is None else 0
     total = int(total_tokens or seq_lens.shape[0] * new_tokens)

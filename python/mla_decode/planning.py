@@ -74,6 +74,8 @@ class Plan:
         default_factory=dict, init=False, repr=False
     )
     _proved: bool = field(default=False, init=False, repr=False)
+    binding: object = field(default_factory=object, init=False, repr=False)
+    """Stands for what a launch needs of the plan: the same object, the same words and sizes."""
 
     @property
     def batch(self) -> int:
@@ -374,13 +376,15 @@ def plan(
     policy : str
         ``balanced`` cuts the keys in pieces of equal cost and keeps the best simulated
         size; ``backward`` grows reduction trees while `__get_quality__` says that it helps;
-        ``unsplit`` cuts nothing; ``fixed`` cuts every ``split_tiles`` tiles of 64 tokens.
+        ``unsplit`` cuts nothing; ``fixed`` cuts every ``split_tiles`` tiles of 64 tokens;
+        ``batch_invariant`` does too, and slices the merges of a request by its own pieces.
     split_tiles : int
-        Tiles per piece, for ``fixed`` and for ``batch_invariant``.
+        Tiles per piece: needed by ``fixed``, 16 by default for ``batch_invariant``.
     batch_invariant : bool
-        Plan every request by itself: policy ``fixed``, every 16 tiles unless ``split_tiles``
-        says otherwise. The output bits of a request then do not depend on the rest of the
-        batch.
+        Plan every request by itself, with that policy: where it is cut and in which order its
+        pieces are summed depend on its own length alone, so the bits of its output do not
+        depend on the rest of the batch, on the number of SMs or on the cost model. What that
+        costs is in docs/serving.md.
     cost_model : CostModel, optional
         Microseconds that things take; by default those fitted on ``device``.
     validate : bool
@@ -405,9 +409,13 @@ def plan(
     if policy not in POLICIES:
         raise RangeError(f"policy: expected one of {POLICIES}, got {policy!r}")
     if batch_invariant:
-        if policy not in ("balanced", "fixed"):
-            raise RangeError(f"policy: expected 'fixed' with batch_invariant, got {policy!r}")
-        policy, split_tiles = "fixed", split_tiles or BATCH_INVARIANT_TILES
+        if policy not in ("balanced", "batch_invariant"):
+            raise RangeError(
+                f"policy: expected 'batch_invariant' or none with batch_invariant, got {policy!r}"
+            )
+        policy = "batch_invariant"
+    if policy == "batch_invariant":
+        split_tiles = split_tiles or BATCH_INVARIANT_TILES
     checks.require_int("split_tiles", split_tiles, 1 if policy == "fixed" else 0, 1 << 25)
     gpu = _gpu(device)
     if num_workers is None:

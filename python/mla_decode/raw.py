@@ -19,6 +19,7 @@ from .words import LATENT_DIM, ROPE_DIM, queue_length
 
 # Far above any honest wait (a launch takes milliseconds), far below a driver's watchdog.
 DEFAULT_SPIN_TIMEOUT_NS = 2_000_000_000
+MAX_SPIN_TIMEOUT_NS = 1 << 62
 
 # What the raw launches call the fields of `KernelArguments`.
 _RAW_NAMES = {
@@ -270,7 +271,7 @@ def run_checked(
     """
     arguments.check(names)
     checks.require_int("num_ctas", num_ctas, 0, 1 << 16)
-    checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, 1 << 62)
+    checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, MAX_SPIN_TIMEOUT_NS)
     device = arguments.device
     if device.type == "cpu":
         if stream is not None:

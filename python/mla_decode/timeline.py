@@ -40,16 +40,14 @@ class Slice:
     phases: tuple[Phase, ...] = ()
     """Measured only; the phases of neighbours overlap, and so may these."""
     fetched_us: float | None = None
+    request: int | None = None
+    """That a partial works for, and the KV head of it."""
+    kv_head: int | None = None
 
     @property
     def kind(self) -> str:
         """``partial``, ``reduction``, ``fill`` or ``no-op``."""
         return _KINDS[type(self.instruction)]
-
-    @property
-    def request(self) -> int | None:
-        """Sequence that a partial works for: the request itself where there is one KV head."""
-        return self.instruction.q_batch if isinstance(self.instruction, Partial) else None
 
     @property
     def label(self) -> str:
@@ -65,6 +63,7 @@ class Timeline:
     device: str
     shape: str  # the batch in words
     num_workers: int
+    num_kv_heads: int
     slices: tuple[Slice, ...]
     flows: tuple[tuple[int, int], ...]
     """(partial or reduction, reduction that it feeds), as indices into ``slices``."""
@@ -115,7 +114,8 @@ def predicted(plan: Plan) -> Timeline:
         device=f"{plan.num_workers} SMs",
         shape=describe_shape(plan),
         num_workers=workers,
-        slices=_with_waits(slices, flows),
+        num_kv_heads=plan.num_kv_heads,
+        slices=_finished(slices, flows, plan.batch),
         flows=flows,
         floor_us=plan.floor_us,
     )
@@ -168,7 +168,8 @@ def measured(plan: Plan, timings: torch.Tensor, device: str) -> Timeline:
         device=device,
         shape=describe_shape(plan),
         num_workers=max(0 if interpreted else plan.num_workers, int(workers.max()) + 1),
-        slices=_with_waits(slices, flows),
+        num_kv_heads=plan.num_kv_heads,
+        slices=_finished(slices, flows, plan.batch),
         flows=flows,
         floor_us=plan.floor_us,
     )
@@ -226,9 +227,18 @@ def _flows(slices: list[Slice]) -> tuple[tuple[int, int], ...]:
     )
 
 
-def _with_waits(slices: list[Slice], flows: tuple[tuple[int, int], ...]) -> tuple[Slice, ...]:
-    """Set ``ready_us`` to the end of the last input."""
+def _finished(
+    slices: list[Slice], flows: tuple[tuple[int, int], ...], batch: int
+) -> tuple[Slice, ...]:
+    """Set ``ready_us`` to the end of the last input, and say whom a partial works for."""
     ready = [s.start_us for s in slices]
     for source, target in flows:
         ready[target] = max(ready[target], slices[source].end_us)
-    return tuple(replace(s, ready_us=min(ready[s.index], s.end_us)) for s in slices)
+    finished = []
+    for s in slices:
+        kv_head = request = None
+        if isinstance(s.instruction, Partial):
+            kv_head, request = divmod(s.instruction.q_batch, batch)
+        ready_us = min(ready[s.index], s.end_us)
+        finished.append(replace(s, ready_us=ready_us, request=request, kv_head=kv_head))
+    return tuple(finished)

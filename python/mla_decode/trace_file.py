@@ -32,7 +32,8 @@ def write_trace(timeline: Timeline, path: str | Path) -> Path:
             begin = max(s.start_us, reached)
             reached = max(s.end_us, begin + _MIN_US)
             shown[s.index] = (begin, reached)
-            events.append(_complete(s.label, s, begin, reached, _arguments(s)))
+            args = _arguments(s, timeline.num_kv_heads)
+            events.append(_complete(s.label, s, begin, reached, args))
             events.extend(_phases(s, begin, reached))
     for number, (source, target) in enumerate(timeline.flows):
         events.extend(_arrow(timeline, shown, number, source, target))
@@ -107,15 +108,25 @@ def _arrow(
     ]
 
 
-def _arguments(s: Slice) -> dict[str, Any]:
+def _arguments(s: Slice, num_kv_heads: int) -> dict[str, Any]:
     args: dict[str, Any] = {"queue position": s.index, "uid": s.instruction.uid}
     if isinstance(s.instruction, Partial):
-        args["request"] = s.instruction.q_batch
-        args["tokens"] = f"[{s.instruction.start}, {s.instruction.end})"
+        args["request"] = s.request
+        if num_kv_heads > 1:
+            args["KV head"] = s.kv_head
+        args["keys"] = f"[{s.instruction.start}, {s.instruction.end})"
     elif isinstance(s.instruction, Reduction):
-        args["inputs"] = list(s.instruction.inputs)
+        args["inputs"] = _describe_inputs(s.instruction.inputs)
     if s.fetched_us is not None:
         args["fetched_us"] = round(s.fetched_us, 3)
     for phase in s.phases:
         args[f"{phase.name}_us"] = f"{phase.start_us:.3f} to {phase.end_us:.3f}"
     return args
+
+
+def _describe_inputs(inputs: tuple[int, ...] | range) -> list[int] | str:
+    """Scratch slots; of a run, which may have thousands, the ends and the step."""
+    if not isinstance(inputs, range):
+        return list(inputs)
+    step = f", every {inputs.step}" if inputs.step > 1 and len(inputs) > 1 else ""
+    return f"{len(inputs)} slots, {inputs[0]} to {inputs[-1]}{step}"
