@@ -20,7 +20,7 @@ from benchmarks.implementations import UnavailableError, import_or_explain
 from benchmarks.measure import WARMUP_REPLAYS, describe
 from benchmarks.shapes import LATENT_DIM, Shape
 
-BATCHES = (64, 256, 1024)
+BATCHES = (1, 64, 256, 1024)
 NUM_HEADS = 16
 MAX_SEQ_LEN = 65536
 CALLS = 20  # in a graph, over which its start is spread

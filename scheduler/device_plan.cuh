@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kDevicePlanThreads, 1)
     if (atomicCAS_system(&failure->valid, 0, 2) != 0) return;
     failure->wait_kind = static_cast<int32_t>(mk::WaitKind::kBadLength);
     failure->index = header[kHeaderBadRequest];
-    failure->expected = problem.max_seq_len;
+    failure->expected = problem.limit_of(header[kHeaderBadRequest]);
     failure->seen = header[kHeaderBadLength];
     __threadfence_system();
     *static_cast<volatile int32_t*>(&failure->valid) = 1;

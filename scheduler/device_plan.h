@@ -84,7 +84,7 @@ class DevicePlanner {
         for (int i = team_.rank(); i < p_.num_sequences(); i += team_.size()) {
             const int request = requests_.request_of(i);
             const int stated = p_.seq_lens[request];
-            const int length = device_plan::clamp(stated, 0, p_.max_seq_len);
+            const int length = device_plan::clamp(stated, 0, p_.limit_of(request));
             if (stated != length && i < p_.num_requests) {
                 ++own.num_bad;
                 own.bad_request = device_plan::smaller(own.bad_request, static_cast<uint32_t>(i));
@@ -233,7 +233,6 @@ class DevicePlanner {
     // ---- partials ---------------------------------------------------------------------
 
     struct Partial {
-        int sequence;
         int group;
         Tiles tiles;
     };
@@ -242,9 +241,7 @@ class DevicePlanner {
         const uint32_t index = number - s_.sums[sequence];
         const uint32_t groups = s_.shape[sequence].groups();
         const uint32_t piece = index / p_.constants.small[groups];
-        return {sequence,
-                static_cast<int>(index - piece * groups),
-                tiles_of_piece(cut, sequence, piece)};
+        return {static_cast<int>(index - piece * groups), tiles_of_piece(cut, sequence, piece)};
     }
 
     // Places for partials, where those are not their numbers; else false. Workers that take one

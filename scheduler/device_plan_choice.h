@@ -90,16 +90,17 @@ class Estimate {
     // A line of all sequences, cut where a worker's share of it ends.
     MLA_HOST_DEVICE uint32_t line_ns(const CutTotals& whole) const {
         const uint32_t workers = p_.num_workers;
-        if (!p_.uniform() || batch_.tiles < kLineTiles * workers || batch_.tiles > 1u << 26) {
-            return kNever;
-        }
+        const bool is_short =
+            batch_.tiles <= kMaxLineTiles && batch_.longest <= p_.constants.most_tiles;
+        if (!p_.uniform() || !is_short || batch_.tiles < kLineTiles * workers) return kNever;
         const uint64_t tile = p_.tile_ns(p_.most_group_rows(), workers);
         return saturated(share_ns(whole.partials, tile) + (p_.cost.partial_next + tile) / 2 +
                          merge_ns(2 * p_.most_group_rows()));
     }
 
     static constexpr uint32_t kNever = UINT32_MAX;
-    static constexpr uint32_t kLineTiles = 4;  // that are worth a worker's while
+    static constexpr uint32_t kLineTiles = 4;           // that are worth a worker's while
+    static constexpr uint32_t kMaxLineTiles = 1 << 26;  // 30 bits in 1/16 tile
 
   private:
     MLA_HOST_DEVICE static bool is_whole(uint32_t candidate) {

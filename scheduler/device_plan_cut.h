@@ -29,10 +29,10 @@ struct EvenCut {
 // Sequences lie on the line one behind the other, each with what it costs to begin. Lengths on it
 // are in 1/16 tile.
 struct LineCut {
-    uint64_t share_256;  // of a gang, 1/256 of that
+    uint64_t share_256;  // of a gang, in 1/256 of that
     uint32_t num_gangs;
-    uint32_t gangs_per_line;  // 2^32 times, rounded down
-    uint32_t lead;
+    uint32_t gangs_per_line;  // times 2^32, rounded down
+    uint32_t lead;            // of a sequence, before its first tile
 
     LineCut() = default;
     MLA_HOST_DEVICE LineCut(const DevicePlanProblem& p, uint32_t line)

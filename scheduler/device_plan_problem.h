@@ -8,9 +8,14 @@
 
 #ifdef __CUDACC__
 #define MLA_HOST_DEVICE __host__ __device__ __forceinline__
-#define MLA_SHORT_LOOP _Pragma("unroll 1")  // its code is executed seldom: fetching it counts
 #else
 #define MLA_HOST_DEVICE inline
+#endif
+
+// Before a loop: the planner's code is executed once, so fetching it counts for more than steps.
+#ifdef __CUDA_ARCH__
+#define MLA_SHORT_LOOP _Pragma("unroll 1")
+#else
 #define MLA_SHORT_LOOP
 #endif
 
@@ -18,14 +23,15 @@ namespace mla {
 
 namespace device_plan {
 
-inline constexpr int kMaxGroups = 32;      // row groups: 16 tokens, 128 heads
-inline constexpr int kFillSequences = 16;  // that one fill may cover
-inline constexpr int kFillTokens = 64;     // of padding
-inline constexpr int kCandidates = 32;     // ways to cut that are compared
-inline constexpr int kKeys = 32;           // classes of lengths that pieces are sorted by
-inline constexpr int kSortGroup = 32;      // pieces that are sorted together
-inline constexpr int kMinTiles = 2;        // of a piece of a sequence that a line cuts
-inline constexpr int kInvariantRows = 2;   // of a reduction in a batch-invariant plan
+inline constexpr int kMaxGroups = 32;          // row groups: 16 tokens, 128 heads
+inline constexpr int kFillSequences = 16;      // that one fill may cover
+inline constexpr int kFillTokens = 64;         // of padding
+inline constexpr int kCandidates = 32;         // ways to cut that are compared
+inline constexpr int kKeys = 32;               // classes of lengths that pieces are sorted by
+inline constexpr int kSortGroup = 32;          // pieces that are sorted together
+inline constexpr int kMinTiles = 2;            // of a piece of a sequence that a line cuts
+inline constexpr uint32_t kMaxLineLead = 512;  // in 1/16 tile
+inline constexpr int kInvariantRows = 2;       // of a reduction in a batch-invariant plan
 inline constexpr int64_t kMaxInstructions = (1 << 21) - 1;
 inline constexpr uint32_t kMaxCost = 1 << 24;  // of any constant
 
@@ -86,6 +92,8 @@ struct DevicePlanConstants {
 struct DevicePlanProblem {
     const int32_t* seq_lens;      // [num_requests]
     const int32_t* cu_seqlens_q;  // [num_requests + 1], or null: s_q tokens each
+    const int32_t* kv_indptr;     // [num_requests + 1] in blocks, or null: max_seq_len of each
+    int block_size;               // of the cache; with kv_indptr only
     int num_requests;
     int num_kv_heads;
     int s_q;           // the most new tokens of a request
@@ -97,6 +105,13 @@ struct DevicePlanProblem {
     DevicePlanCost cost;
     DevicePlanConstants constants;  // see with_constants()
 
+    // The longest that a request may be.
+    MLA_HOST_DEVICE int limit_of(int request) const {
+        if (kv_indptr == nullptr) return max_seq_len;
+        const int64_t blocks = int64_t{kv_indptr[request + 1]} - kv_indptr[request];
+        return static_cast<int>(
+            device_plan::clamp(blocks * block_size, int64_t{0}, int64_t{max_seq_len}));
+    }
     MLA_HOST_DEVICE int num_sequences() const { return num_requests * num_kv_heads; }
     MLA_HOST_DEVICE int max_rows() const { return s_q * num_heads; }
     MLA_HOST_DEVICE int max_groups() const { return (max_rows() + kMaxRows - 1) / kMaxRows; }
@@ -164,7 +179,8 @@ inline DevicePlanProblem with_constants(const DevicePlanProblem& problem) {
     k.by_gangs = device_plan::divisor(k.gangs);
     const uint32_t tile = device_plan::larger(1u, p.tile_ns(p.most_group_rows(), workers));
     k.slot_eighths = (8 * p.max_rows() + groups - 1) / groups;
-    k.line_lead = (p.cost.partial_next * 16 + tile / 2) / tile;
+    k.line_lead = device_plan::smaller((p.cost.partial_next * 16 + tile / 2) / tile,
+                                       device_plan::kMaxLineLead);
     k.margin = (p.cost.dependency + p.cost.reduction_fixed + tile / 2) / tile;
     for (k.top_step = 1; 2 * int64_t{k.top_step} < p.num_sequences(); k.top_step *= 2) {
     }

@@ -38,7 +38,7 @@ struct DevicePlanState {
     uint32_t* pieces;
     uint32_t* first_cut;  // of the line, inside the sequence
     uint32_t* slices;     // see Slices
-    uint32_t* line;       // prefix sums of what sequences take of the line, one more than those
+    uint32_t* line;       // what it takes of the line; of the line, prefix sums and their total
     // Prefix sums one behind the other: partials, slots, then reductions and fills; and the total.
     uint32_t* sums;
     // Of every partial when they are sorted: its sequence and key, its place in the queue.

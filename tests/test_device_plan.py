@@ -230,7 +230,8 @@ def instructions_of(plan: Planned, sequence: int) -> list[list[int]]:
 def test_instructions_of_a_request_do_not_depend_on_the_others(heads: int) -> None:
     rng = np.random.default_rng(2)
     for _ in range(50):
-        length = int(rng.integers(1, 20_000))
+        # Among them those that are just long enough to be cut.
+        length = int(rng.choice([1, 1024, 1025, 1100, rng.integers(1, 20_000)]))
         alone = Batch([length], 2, heads, max_seq_len=20_000, split_tiles=16)
         expected = instructions_of(planned(alone), 0)
         others = rng.integers(0, 20_000, rng.integers(1, 60)).tolist()

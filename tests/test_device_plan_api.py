@@ -278,7 +278,7 @@ def test_update_hands_the_planning_kernel_its_arguments(monkeypatch: pytest.Monk
     lengths, offsets, indptr = int32(5, 6), int32(0, 2, 5), int32(0, 1, 2)
     plan.update(lengths, offsets, 7, kv_indptr=indptr, block_size=64)
     words = (plan.instructions.data_ptr(), plan.capacity, plan.header.data_ptr())
-    pointers = (lengths.data_ptr(), offsets.data_ptr())
+    pointers = (lengths.data_ptr(), offsets.data_ptr(), indptr.data_ptr(), 64)
     assert seen == [(*pointers, 2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan._cost, *words, 1, 7)]
 
 
@@ -467,6 +467,19 @@ def test_bad_length_on_the_gpu_is_raised_at_the_next_synchronisation(length: int
     out, lse = mla_decode.decode(case.q, case.kv_cache, case.block_table, lengths_of(case))
     mla_decode.synchronize()
     assert compare(out, lse, *attention(case)).passed
+
+
+@pytest.mark.gpu
+def test_csr_length_beyond_its_own_blocks_is_planned_as_what_they_hold(gpu: Any) -> None:
+    plan = DevicePlan(3, 16, max_seq_len=4096, device=gpu)
+    indptr = torch.tensor([0, 4, 5, 5], dtype=torch.int32, device=gpu)
+    lengths = torch.tensor([64, 16, 0], dtype=torch.int32, device=gpu)
+    plan.update(lengths, kv_indptr=indptr, block_size=16)
+    mla_decode.synchronize()
+    plan.update(lengths + 1, kv_indptr=indptr, block_size=16)
+    with pytest.raises(RangeError, match="request 0: expected 0 to 64, got 65"):
+        mla_decode.synchronize()
+    assert plan.to_host().seq_lens.tolist() == [64, 16, 0]
 
 
 @pytest.mark.gpu

@@ -111,6 +111,8 @@ void launch(const mla::DecodeLayout& layout,
 
 void plan(uintptr_t seq_lens,
           uintptr_t cu_seqlens_q,
+          uintptr_t kv_indptr,
+          int block_size,
           int num_requests,
           int num_kv_heads,
           int s_q,
@@ -128,6 +130,8 @@ void plan(uintptr_t seq_lens,
     mla::DevicePlanProblem problem{};
     problem.seq_lens = pointer<const int32_t>(seq_lens);
     problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
+    problem.kv_indptr = pointer<const int32_t>(kv_indptr);
+    problem.block_size = block_size;
     problem.num_requests = num_requests;
     problem.num_kv_heads = num_kv_heads;
     problem.s_q = s_q;

@@ -79,6 +79,8 @@ class DecodeLayout:
 def plan(
     seq_lens: int,
     cu_seqlens_q: int,
+    kv_indptr: int,
+    block_size: int,
     num_requests: int,
     h_kv: int,
     s_q: int,
@@ -95,4 +97,7 @@ def plan(
     stream: int,
     /,
 ) -> None:
-    """Enqueue the planning of a batch on the GPU. Tensors are addresses, 0 for none."""
+    """Enqueue the planning of a batch on the GPU. Tensors are addresses, 0 for none.
+
+    ``block_size`` counts with ``kv_indptr`` only.
+    """

@@ -184,12 +184,9 @@ def row_stride(tensor: torch.Tensor) -> int:
     return tensor.stride(0) if tokens > 1 else int(width)
 
 
-def enqueue_plan(
-    seq_lens: int, cu_seqlens_q: int, kv_indptr: int, block_size: int, *rest: Any
-) -> None:
-    """Enqueue the planning kernel; arguments as `_kernels.plan`, which knows no ``kv_indptr``."""
-    del kv_indptr, block_size
-    _kernels.plan(seq_lens, cu_seqlens_q, *rest)
+def enqueue_plan(*arguments: Any) -> None:
+    """Enqueue the planning kernel; arguments as `_kernels.plan`."""
+    _kernels.plan(*arguments)
 
 
 def _public_raw_stream(index: int) -> int:
