@@ -25,7 +25,6 @@ struct MlaConfig : mk::DefaultConfig {
     static constexpr int kControlRegisters = kWholeTileBoxes ? 40 : 72;
 };
 inline constexpr int kElementBytes = 2;
-inline constexpr int kNarrowRows = 32;
 
 // A page holds half the width of a tile of KV, 64 positions: 256 latent columns, as four 64-column
 // blocks swizzled over 128 bytes, and 32 rope columns, swizzled over 64 bytes. So both halves hold

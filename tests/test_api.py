@@ -932,7 +932,7 @@ def test_traffic_counts_cache_q_and_o_once() -> None:
 def test_cost_models_are_found_by_device_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for stem, value in (("default", 1.0), ("nvidia-h100", 2.0), ("nvidia-h100-nvl", 3.0)):
+    for stem, value in (("nvidia-h200", 1.0), ("nvidia-h100", 2.0), ("nvidia-h100-nvl", 3.0)):
         (tmp_path / f"{stem}.json").write_text(json.dumps({"launch_us": value}))
     monkeypatch.setattr(cost, "_DIRECTORIES", (tmp_path,))
     for name, value in (

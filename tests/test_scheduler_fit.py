@@ -81,7 +81,11 @@ def test_the_command_writes_a_cost_model_file(tmp_path: Path) -> None:
     assert fit_cost_model.main([str(source), "--output", str(target)]) == 0
     document = json.loads(target.read_text(encoding="utf-8"))
     assert document["device"] == "a test"
-    CostModel.from_dict(document["cost"])
+    wide, narrow = (
+        CostModel.from_dict(document["cost"]),
+        CostModel.from_dict(document["narrow_cost"]),
+    )
+    assert wide.partial_tile_compute_us != narrow.partial_tile_compute_us
 
 
 def test_a_run_without_a_time_is_rejected() -> None:

@@ -172,38 +172,52 @@ def fit(runs: Sequence[Run], base: CostModel, fixed: Sequence[str] = ()) -> Fit:
     )
 
 
+def by_kernel(entries: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """Split runs by the kernel that they ran in; key in the file, name, runs."""
+    kernels: list[tuple[str, str, list[dict[str, Any]]]] = [
+        ("cost", "wide", []),
+        ("narrow_cost", "narrow", []),
+    ]
+    for entry in entries:
+        narrow = entry["num_heads"] * entry["new_tokens"] <= _scheduler.NARROW_ROWS
+        kernels[narrow][2].append(entry)
+    return [kernel for kernel in kernels if kernel[2]]
+
+
+def report(kernel: str, base: CostModel, result: Fit) -> None:
+    """Print what a fit has found."""
+    print(f"{kernel} kernel", file=sys.stderr)
+    for name, value in result.cost.as_dict().items():
+        mark = "  (not determined by these runs)" if name in result.uncertain else ""
+        print(f"{name:26} {base.as_dict()[name]:9.4f} -> {value:9.4f}{mark}", file=sys.stderr)
+    before, after = 100 * result.rms_before, 100 * result.rms_after
+    print(f"rms error {before:.1f}% -> {after:.1f}%", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("measurements", type=Path)
-    parser.add_argument("--base", type=Path, help="cost model to start from (default: built in)")
+    parser.add_argument("--base", type=Path, help="file to start from (default: built in)")
     parser.add_argument("--output", type=Path, help="where to write the model (default: print it)")
     parser.add_argument("--fix", nargs="*", default=[], metavar="NAME", help="constants to keep")
     options = parser.parse_args(arguments)
 
     document = json.loads(options.measurements.read_text(encoding="utf-8"))
-    base = CostModel()
-    if options.base:
-        base = CostModel.from_dict(json.loads(options.base.read_text(encoding="utf-8"))["cost"])
-    unknown = set(options.fix) - set(base.as_dict())
+    base = json.loads(options.base.read_text(encoding="utf-8")) if options.base else {}
+    unknown = set(options.fix) - set(CostModel().as_dict())
     if unknown:
         parser.error(f"--fix: no such constant: {', '.join(sorted(unknown))}")
 
-    runs = read_runs(document, base)
-    result = fit(runs, base, options.fix)
-    for name, value in result.cost.as_dict().items():
-        mark = "  (not determined by these runs)" if name in result.uncertain else ""
-        print(f"{name:24} {base.as_dict()[name]:9.4f} -> {value:9.4f}{mark}", file=sys.stderr)
-    print(
-        f"rms error {100 * result.rms_before:.1f}% -> {100 * result.rms_after:.1f}%",
-        file=sys.stderr,
-    )
-
-    model = {
-        "device": document.get("device", "unknown"),
-        "fitted_on": date.today().isoformat(),
-        "note": f"{len(runs)} runs, rms error {100 * result.rms_after:.1f}%",
-        "cost": {name: float(f"{value:.6g}") for name, value in result.cost.as_dict().items()},
-    }
+    model = {"device": document.get("device", "unknown"), "fitted_on": date.today().isoformat()}
+    notes = []
+    for key, kernel, entries in by_kernel(document["runs"]):
+        start = CostModel.from_dict(base.get(key, base.get("cost", {})))
+        runs = read_runs(document | {"runs": entries}, start)
+        result = fit(runs, start, options.fix)
+        report(kernel, start, result)
+        notes.append(f"{kernel}: {len(runs)} runs, rms error {100 * result.rms_after:.1f}%")
+        model[key] = {name: float(f"{us:.6g}") for name, us in result.cost.as_dict().items()}
+    model["note"] = "; ".join(notes)
     text = json.dumps(model, indent=2) + "\n"
     if options.output:
         options.output.write_text(text, encoding="utf-8")

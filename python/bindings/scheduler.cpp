@@ -311,6 +311,7 @@ void bind_constants(py::module_& m) {
     m.attr("ROPE_DIM") = mla::kRopeDim;
     m.attr("KV_TILE") = mla::kKvTile;
     m.attr("MAX_ROWS") = mla::kMaxRows;
+    m.attr("NARROW_ROWS") = mla::kNarrowRows;
     m.attr("MAX_REDUCTION_INPUTS") = mla::kMaxReductionInputs;
     m.attr("MAX_RUN_INPUTS") = mla::kMaxRunInputs;
     m.attr("COLUMN_CHUNK") = mla::kColumnChunk;

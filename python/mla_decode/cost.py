@@ -11,13 +11,14 @@ from pathlib import Path
 
 from ._scheduler import CostModel
 from .errors import MlaDecodeError
-from .words import LATENT_DIM, ROPE_DIM
+from .words import LATENT_DIM, NARROW_ROWS, ROPE_DIM
 
 __all__ = ["CostModel", "device_slug", "floor_us", "load", "traffic_bytes", "work_flop"]
 
 _HERE = Path(__file__).resolve().parent
 _DIRECTORIES = (_HERE / "cost_models", _HERE.parents[1] / "scheduler" / "cost_models")
 _ENVIRONMENT = "MLA_DECODE_COST_MODEL"
+_FALLBACK = "nvidia-h200"  # for GPUs that nothing was fitted on
 
 # Measured on an H200 with a grid that does nothing but stream bytes into shared memory, launch
 # included, and with large bf16 matrix products of random data.
@@ -26,16 +27,20 @@ FLOOR_BYTES_PER_US = 4.6e6
 FLOOR_FLOP_PER_US = 790e6
 
 
-def load(device_name: str | None = None) -> CostModel:
+def load(device_name: str | None = None, rows: int | None = None) -> CostModel:
     """Load the cost model fitted on a GPU.
 
     Parameters
     ----------
     device_name : str or None
         As `torch.cuda.get_device_name` says it. Names are compared without case and
-        punctuation; the file whose name is the longest beginning of it wins, then
-        ``default.json``, then the scheduler's built-in constants. The file that the
-        environment variable ``MLA_DECODE_COST_MODEL`` names wins over all.
+        punctuation; the file whose name is the longest beginning of it wins, then that of
+        the H200, then the scheduler's built-in constants. The file that the environment
+        variable ``MLA_DECODE_COST_MODEL`` names wins over all.
+    rows : int or None
+        Rows (new tokens times query heads per KV head) of the request that has the most.
+        Batches of at most ``NARROW_ROWS`` run in a kernel of their own, whose constants a
+        file keeps as ``narrow_cost``, if it has any.
 
     Returns
     -------
@@ -46,16 +51,22 @@ def load(device_name: str | None = None) -> CostModel:
     if path is None:
         return CostModel()
     try:
-        return _read(path, path.stat().st_mtime_ns)
+        wide, narrow = _read(path, path.stat().st_mtime_ns)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise MlaDecodeError(f"cost model {path}: expected a JSON cost model: {error}") from error
+    return narrow if rows is not None and rows <= NARROW_ROWS else wide
 
 
 @lru_cache(maxsize=32)
-def _read(path: Path, mtime_ns: int) -> CostModel:
+def _read(path: Path, mtime_ns: int) -> tuple[CostModel, CostModel]:
+    """Return the models of wide and of narrow kernels."""
     del mtime_ns  # part of the key: a file that changed is read again
     document = json.loads(path.read_text(encoding="utf-8"))
-    constants = document.get("cost", document)
+    wide = document.get("cost", document)
+    return _model(wide), _model(document.get("narrow_cost", wide))
+
+
+def _model(constants: dict[str, float]) -> CostModel:
     return CostModel.from_dict({name: float(us) for name, us in constants.items()})
 
 
@@ -111,6 +122,6 @@ def _find(device_name: str | None) -> Path | None:
     if override:
         return Path(override)
     models = {p.stem: p for directory in reversed(_DIRECTORIES) for p in directory.glob("*.json")}
-    slug = device_slug(device_name or "default")
+    slug = device_slug(device_name or _FALLBACK)
     fits = [stem for stem in models if slug == stem or slug.startswith(stem + "-")]
-    return models[max(fits, key=len)] if fits else models.get("default")
+    return models[max(fits, key=len)] if fits else models.get(_FALLBACK)

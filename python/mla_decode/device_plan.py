@@ -130,7 +130,7 @@ class DevicePlan:
         if num_workers is None:
             num_workers = native.num_sms(self.device) if on_gpu else DEFAULT_NUM_WORKERS
         self.num_workers = checks.require_int("num_workers", num_workers, 1, 1 << 16)
-        self._cost_model = _cost_model(self._index)
+        self._cost_model = _cost_model(self._index, self.new_tokens * self.heads_per_kv)
         self._cost = list(self._cost_model.as_dict().values())
         capacity, self.num_slots = device_plan_capacity(
             num_requests,
@@ -459,9 +459,9 @@ class DevicePlan:
 
 
 @cache
-def _cost_model(index: int) -> CostModel:
+def _cost_model(index: int, rows: int) -> CostModel:
     """Fitted on the GPU of that index, -1 for none; looked up once, since plans are made often."""
-    return cost.load(torch.cuda.get_device_name(index) if index >= 0 else None)
+    return cost.load(torch.cuda.get_device_name(index) if index >= 0 else None, rows)
 
 
 def device_plan_capacity(

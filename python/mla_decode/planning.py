@@ -422,7 +422,9 @@ def plan(
         num_workers = native.num_sms(gpu) if gpu is not None else DEFAULT_NUM_WORKERS
     checks.require_int("num_workers", num_workers, 1, 1 << 16)
     if cost_model is None:
-        cost_model = cost.load(torch.cuda.get_device_name(gpu) if gpu is not None else None)
+        name = torch.cuda.get_device_name(gpu) if gpu is not None else None
+        most = tokens if isinstance(tokens, int) else max(tokens, default=0)
+        cost_model = cost.load(name, most * heads)
     with schedule_errors():
         data = _scheduler.plan(
             sequence_values(lengths, num_kv_heads),
