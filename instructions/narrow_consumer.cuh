@@ -99,14 +99,12 @@ struct NarrowConsumer {
     __device__ static void score(
         const MlaGlobals& g, const State& state, NarrowScores& s, const NarrowQ& q, int tile) {
         const int left = 2 * tile, right = left + 1;
-        NarrowScores sums[2];
         Pages::wait_half(g, state, left);
-        multiply_scores<Element, true>(sums, q, page_address(state, Pages::page(left)));
+        multiply_scores<Element, true>(s, q, page_address(state, Pages::page(left)));
         Pages::wait_half(g, state, right);
-        multiply_scores<Element, false>(sums, q, page_address(state, Pages::page(right)));
+        multiply_scores<Element, false>(s, q, page_address(state, Pages::page(right)));
         kittens::warpgroup::mma_commit_group();
         kittens::warpgroup::mma_async_wait();
-        kittens::add(s, sums[0], sums[1]);
     }
 
     // V rows past the request's length meet P = 0, but NaN * 0 is NaN: they become 0.

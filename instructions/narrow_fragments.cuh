@@ -56,32 +56,23 @@ class NarrowQ {
     uint32_t low_, block_;
 };
 
-// Issues s (+)= K Q^T over one half of the width; not yet committed. Two sums in turns: a product
-// need not wait for the one before it.
+// Issues s (+)= K Q^T over one half of the width; not yet committed.
 template <class Element, bool kFirst>
-__device__ __forceinline__ void multiply_scores(NarrowScores (&s)[2],
-                                                const NarrowQ& q,
-                                                uint32_t k) {
+__device__ __forceinline__ void multiply_scores(NarrowScores& s, const NarrowQ& q, uint32_t k) {
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 0, 0>;
     constexpr int kHalf = kFirst ? kLeft : kRight;
     constexpr int kLatentSteps = kHalfLatent / 16, kRopeSteps = kHalfRope / 16;
     const KOperand k_latent(latent_address(k));
     const RopeOperand k_rope(rope_address(k));
-    begin_products(s[0]);
-    begin_products(s[1]);
+    begin_products(s);
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
-        Mma::st_st(s[step % 2],
-                   k_latent.slice(step),
-                   q.slice(kHalf * kLatentSteps + step),
-                   !(kFirst && step < 2));
+        Mma::st_st(
+            s, k_latent.slice(step), q.slice(kHalf * kLatentSteps + step), !(kFirst && step == 0));
     }
 #pragma unroll
     for (int step = 0; step < kRopeSteps; ++step) {
-        Mma::st_st(s[step % 2],
-                   k_rope.slice(step),
-                   q.slice(2 * kLatentSteps + kHalf * kRopeSteps + step),
-                   1);
+        Mma::st_st(s, k_rope.slice(step), q.slice(2 * kLatentSteps + kHalf * kRopeSteps + step), 1);
     }
 }
 

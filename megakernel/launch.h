@@ -47,14 +47,18 @@ class DeviceGuard {
   public:
     explicit DeviceGuard(int device) {
         check_cuda(cudaGetDevice(&previous_), "current device");
-        if (device != previous_) check_cuda(cudaSetDevice(device), "set device");
+        changed_ = device != previous_;
+        if (changed_) check_cuda(cudaSetDevice(device), "set device");
     }
-    ~DeviceGuard() { cudaSetDevice(previous_); }
+    ~DeviceGuard() {
+        if (changed_) cudaSetDevice(previous_);
+    }
     DeviceGuard(const DeviceGuard&) = delete;
     DeviceGuard& operator=(const DeviceGuard&) = delete;
 
   private:
     int previous_ = 0;
+    bool changed_ = false;
 };
 
 // One record per device in pinned host memory: kernels write it when a watchdog ends them, the

@@ -59,7 +59,7 @@ CUtensorMap encode_tensor_map(const char* name, const TensorMapSpec<kRank>& spec
                                                  element_strides.data(),
                                                  CU_TENSOR_MAP_INTERLEAVE_NONE,
                                                  spec.swizzle,
-                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (status != CUDA_SUCCESS) {
         throw std::runtime_error(std::string(name) +

@@ -184,10 +184,9 @@ class DevicePlanner {
     MLA_HOST_DEVICE uint32_t slice(int sequence, uint32_t pieces, uint32_t eighths) const {
         const uint32_t rows = s_.rows[sequence];
         const uint32_t before_last = s_.shape[sequence].groups() - 1;
-        Slices slices{device_plan::kInvariantRows, 0};
-        if (p_.balances()) {
-            slices = Slices::of(p_, pieces, before_last > 0 ? uint32_t{kMaxRows} : rows, eighths);
-        }
+        const uint32_t group_rows = before_last > 0 ? uint32_t{kMaxRows} : rows;
+        const Slices slices = p_.balances() ? Slices::of(p_, pieces, group_rows, eighths)
+                                            : Slices::batch_invariant(p_, pieces, group_rows);
         s_.slices[sequence] = slices.pack();
         return slices.num_of(p_, rows - before_last * kMaxRows) +
                (before_last > 0 ? before_last * slices.num_of(p_, kMaxRows) : 0);

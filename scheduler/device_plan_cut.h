@@ -87,6 +87,23 @@ struct Slices {
         }
         return {1, eighths > 2 ? 1u : eighths > 1 ? 2u : 3u};
     }
+    // What a row group and its pieces alone decide, whatever else is in the batch: by rows, then by
+    // columns, at most one slice per piece. As the host's.
+    MLA_HOST_DEVICE static Slices batch_invariant(const DevicePlanProblem& p,
+                                                  uint32_t pieces,
+                                                  uint32_t group_rows) {
+        uint32_t slices = 1;
+        Slices made{group_rows, 0};
+        MLA_SHORT_LOOP
+        for (; 2 * slices <= pieces && made.log2_columns < 3; slices *= 2) {
+            if (made.rows > 1) {
+                made.rows = (group_rows + 2 * slices - 1) / p.divisor(2 * slices);
+            } else {
+                ++made.log2_columns;
+            }
+        }
+        return made;
+    }
     MLA_HOST_DEVICE uint32_t num_of(const DevicePlanProblem& p, uint32_t group_rows) const {
         return (group_rows + rows - 1) / p.constants.small[rows] << log2_columns;
     }

@@ -31,7 +31,6 @@ inline constexpr int kKeys = 32;               // classes of lengths that pieces
 inline constexpr int kSortGroup = 32;          // pieces that are sorted together
 inline constexpr int kMinTiles = 2;            // of a piece of a sequence that a line cuts
 inline constexpr uint32_t kMaxLineLead = 512;  // in 1/16 tile
-inline constexpr int kInvariantRows = 2;       // of a reduction in a batch-invariant plan
 inline constexpr int64_t kMaxInstructions = (1 << 21) - 1;
 inline constexpr uint32_t kMaxCost = 1 << 24;  // of any constant
 
@@ -150,9 +149,7 @@ inline DevicePlanCapacity device_plan_capacity(const DevicePlanProblem& p) {
         const int tiles = ceil_div(p.max_seq_len, kKvTile);
         capacity.pieces = sequences * device_plan::larger(1, ceil_div(tiles, p.split_tiles));
         capacity.slots = capacity.pieces * groups;
-        reductions =
-            sequences * groups *
-            ceil_div(device_plan::smaller(kMaxRows, p.max_rows()), device_plan::kInvariantRows);
+        reductions = capacity.slots;  // a slice per piece
     } else {
         // A line is cut once for each worker; other pieces that are merged are two for each.
         capacity.pieces = sequences + 2 * p.num_workers;
