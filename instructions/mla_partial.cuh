@@ -65,11 +65,11 @@ struct MlaPartial {
                 kv.begin_tile(tile);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const int i = 2 * tile + half, place = Pages::place(i);
-                    const bool ok = i < Pages::kRing
-                                        ? state.wait_page(Pages::page(i))
-                                        : state.wait(Pages::kKvEmpty + place, Pages::round(i) - 1);
-                    const uint32_t full = state.semaphore(Pages::kKvFull + place);
+                    const int i = 2 * tile + half;
+                    const bool ok = i < Pages::kRing ? state.wait_page(Pages::page(i))
+                                                     : state.wait(Pages::kKvEmpty + Pages::place(i),
+                                                                  i / Pages::kRing - 1);
+                    const uint32_t full = state.semaphore(Pages::full(i));
                     const uint32_t page = mk::ptx::smem_address(state.page(Pages::page(i)));
                     if (ok) kv.load_half(tile, half, page, full);
                 }

@@ -53,18 +53,25 @@ struct PartialPages {
     static constexpr int kQPages = Config::kNarrow ? 1 : 2;
     static constexpr int kRing = Config::kNumSmemPages - kQPages;
 
+    // That a half tile has come is told through as many barriers as there are places, rounded up to
+    // two tiles for each warpgroup. A wait knows the parity of a phase only, so whoever waits on a
+    // barrier has to see each of its phases; and a narrow kernel's warpgroups take tiles in turns,
+    // while five places hand each place from one to the other.
+    static constexpr int kFullBarriers = (kRing + 3) / 4 * 4;
+
     enum Semaphore {
         kQFull = 0,
-        kKvFull,                     // + place in the ring
-        kKvEmpty = kKvFull + kRing,  // + place in the ring
+        kKvFull,                             // see full()
+        kKvEmpty = kKvFull + kFullBarriers,  // + place
         kOutputStored = kKvEmpty + kRing,
         kNumSemaphores,
     };
 
     __device__ static int place(int half_tile) { return half_tile % kRing; }
-    // How often its place in the ring has been used before.
-    __device__ static int round(int half_tile) { return half_tile / kRing; }
     __device__ static int page(int half_tile) { return kQPages + place(half_tile); }
+    // Semaphore that says that a half tile is there, and its phase.
+    __device__ static int full(int half_tile) { return kKvFull + half_tile % kFullBarriers; }
+    __device__ static int full_phase(int half_tile) { return half_tile / kFullBarriers; }
 
     // The k-th page that a partial of so many tiles lets go of: those of the ring in its order, the
     // unused ones first, then Q's.
@@ -75,7 +82,7 @@ struct PartialPages {
     // For consumers: a half tile is there.
     template <class State>
     __device__ static void wait_half(const MlaGlobals& g, const State& state, int half_tile) {
-        state.wait(kKvFull + place(half_tile), round(half_tile));
+        state.wait(full(half_tile), full_phase(half_tile));
         // What lanes copied came through the generic proxy; the tensor cores read through the
         // other one.
         if (!Config::kWholeTileBoxes && g.kv_box_rows == 0) mk::ptx::fence_proxy_async_smem();
