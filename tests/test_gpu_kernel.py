@@ -158,6 +158,34 @@ def test_a_thousand_graph_replays_are_bit_identical() -> None:
     assert int(different) == 0
 
 
+@pytest.mark.parametrize("heads", [16, 64], ids=["narrow", "wide"])
+def test_long_streams_survive_ten_thousand_launches(heads: int) -> None:
+    """Every SM streams all the time: a wait that ends too early would show sooner or later."""
+    case = make_case([2048 + 64 * (i % 3) for i in range(132)], heads, device="cuda", poison=False)
+    plan = mla_decode.plan(case.seq_lens, heads)
+    workspace = plan.workspace("cuda")
+    first_out, first_lse = decode(case, plan=plan, workspace=workspace)
+    out, lse = case.poisoned_outputs()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(100):  # nothing in between
+            mla_decode.decode(
+                case.q,
+                case.kv_cache,
+                case.block_table,
+                plan=plan,
+                softmax_scale=case.softmax_scale,
+                workspace=workspace,
+                out=out,
+                lse=lse,
+            )
+    for _ in range(100):
+        graph.replay()
+    mla_decode.synchronize()
+    assert same_bits(out, first_out) and same_bits(lse, first_lse)
+
+
 def test_launches_advance_the_epoch_without_a_reset() -> None:
     case = make_case([3000], 16, device="cuda")
     launch = Launch.of_plan(case, mla_decode.plan([3000], 16))
