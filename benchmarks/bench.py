@@ -1,8 +1,12 @@
 """The benchmark: microseconds, GB/s, TFLOP/s and the multiple of the physical limit, beside peers.
 
-python -m benchmarks.bench [--serving] [--shapes NAME ...] [--random N --seed S] [--impls NAME ...]
-                           [--out FILE]
+python -m benchmarks.bench [--serving] [--shapes NAME ...] [--file FILE] [--random N --seed S]
+                           [--impls NAME ...] [--out FILE] [--report FOLDER]
 python -m benchmarks.bench --planning
+
+`python -m mla_decode bench` is the same. A file of shapes is a list in JSON:
+[{"name": "mine", "seq_lens": [4096, 100], "new_tokens": 1, "num_heads": 16}, ...],
+new_tokens also one number per request, block_size if it is not 64.
 """
 
 from __future__ import annotations
@@ -13,14 +17,15 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-from benchmarks import planning
+from benchmarks import planning, report
 from benchmarks.implementations import IMPLEMENTATIONS
 from benchmarks.measure import REPLAYS, Row, measure
-from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape, random_shapes
+from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape, random_shapes, read_shapes
 
 ALL_SHAPES = {**SHAPES, **SERVING_SHAPES}
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +45,7 @@ def commit() -> str:
 
 def speedups(rows: list[Row]) -> str:
     """Return how many times faster than each peer ours is on the shape of ``rows``."""
-    times = {row.impl: row.us for row in rows if math.isfinite(row.us)}
+    times = {row.impl: row.us for row in rows if math.isfinite(row.us) and not row.error}
     if OURS not in times:
         return ""
     return "  ".join(
@@ -53,7 +58,7 @@ def table_lines(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         text = f"{row.shape.name:<28} {row.impl:<15} "
-        if math.isfinite(row.us):
+        if math.isfinite(row.us) and not row.error:
             text += f"{row.us:8.2f} {row.gbps:7.0f} {row.tflops:8.1f} "
             text += f"{row.us / row.shape.floor_us:8.2f} {row.rel_err:8.1e}"
             text += f"  {speedups(rows)}" if row.impl == OURS else ""
@@ -65,13 +70,28 @@ def table_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
+def title() -> str:
+    """What the figures are of."""
+    name, cuda = torch.cuda.get_device_name(), torch.version.cuda
+    return f"{name}, torch {torch.__version__}, CUDA {cuda}, commit {commit()[:12]}"
+
+
+def with_progress(shapes: list[Shape]) -> Iterable[Shape]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return shapes
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(shapes, "shapes", console=Console(stderr=True), transient=True)
+
+
 def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[Row]:
     """Measure and print every shape; return the rows."""
-    name, cuda = torch.cuda.get_device_name(), torch.version.cuda
-    print(f"{name}, torch {torch.__version__}, CUDA {cuda}, commit {commit()[:12]}")
+    print(title())
     print(HEADER, flush=True)
     rows = []
-    for shape in shapes:
+    for shape in with_progress(shapes):
         measured = measure(shape, impls, replays=replays)
         print("\n".join(table_lines(measured)), flush=True)
         rows += measured
@@ -90,8 +110,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the random batches")
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME")
     parser.add_argument("--replays", type=int, default=REPLAYS)
+    parser.add_argument("--file", type=Path, help="shapes of your own, in JSON")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    parser.add_argument(
+        "--report", type=Path, metavar="FOLDER", help="write CSV, JSON, pictures and Markdown"
+    )
     arguments = parser.parse_args(argv)
+    try:
+        arguments.from_file = read_shapes(arguments.file) if arguments.file else []
+    except (OSError, ValueError) as error:
+        parser.error(f"--file: {error}")
     unknown = set(arguments.shapes or []) - set(ALL_SHAPES)
     if unknown:
         parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(ALL_SHAPES)}")
@@ -107,12 +135,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.planning:
         return planning.run(arguments.replays)
     table = SERVING_SHAPES if arguments.serving else SHAPES
-    chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if arguments.random else table)]
-    chosen += random_shapes(arguments.random, arguments.seed)
+    others = arguments.from_file + random_shapes(arguments.random, arguments.seed)
+    chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if others else table)] + others
     rows = run(chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
     if arguments.out:
-        kept = [row.as_json() for row in rows if math.isfinite(row.us)]
+        kept = [row.as_json() for row in rows if math.isfinite(row.us) and not row.error]
         arguments.out.write_text(json.dumps(kept, indent=1) + "\n")
+    if arguments.report:
+        print(f"report: {report.write_report(arguments.report, rows, title())}")
     wrong = [row for row in rows if row.error and (row.impl == OURS or math.isfinite(row.us))]
     return 1 if wrong else 0
 

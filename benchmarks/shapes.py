@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 LATENT_DIM = 512  # width of V and of the no-position part of Q and K
 HEAD_DIM = 576  # latent and rope part
@@ -119,21 +122,21 @@ SERVING_SHAPES = {
     for shape in (
         *(
             with_block_size(SHAPES[name], block_size)
-            for name in ("B128_4k_q1_h16", "B1_64k_q1_h16", "B16_lognormal_q1_h16")
+            for name in (
+                "B128_4k_q1_h16",
+                "B1_64k_q1_h16",
+                "B16_lognormal_q1_h16",
+                "B132_4k_q4_h16",
+            )
             for block_size in (16, 32, 1)
         ),
         Shape("B64_4k_q1or4_h16", (4096,) * 64, (1, 4) * 32, 16),
         Shape("B32_4k_q1_h16", (4096,) * 32, 1, 16),
         Shape("B32_4k_q4_h16", (4096,) * 32, 4, 16),
-        *(
-            batch_invariant(SHAPES[name])
-            for name in (
-                "B128_4k_q1_h16",
-                "B1_64k_q1_h16",
-                "B16_lognormal_q1_h16",
-                "B64_mix_q4_h16",
-            )
-        ),
+        Shape("B64_4k_q1or2_h128", (4096,) * 64, (1, 2) * 32, 128),
+        Shape("B32_4k_q1_h128", (4096,) * 32, 1, 128),
+        Shape("B32_4k_q2_h128", (4096,) * 32, 2, 128),
+        *(batch_invariant(shape) for shape in SHAPES.values()),
     )
 }
 
@@ -156,3 +159,40 @@ def random_shapes(count: int, seed: int) -> list[Shape]:
         name = f"random{seed}.{index}_B{batch}_q{new_tokens}_h{num_heads}"
         shapes.append(Shape(name, seq_lens, new_tokens, num_heads))
     return shapes
+
+
+_FIELDS = {"name", "seq_lens", "new_tokens", "num_heads", "block_size"}
+
+
+def read_shapes(path: Path) -> list[Shape]:
+    """Read a list of shapes in JSON; raises ValueError that names the one that is wrong."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path}: expected a list of shapes")
+    return [_shape(f"{path}[{index}]", entry) for index, entry in enumerate(entries)]
+
+
+def _shape(where: str, entry: Any) -> Shape:
+    if not isinstance(entry, dict) or set(entry) | {"block_size"} != _FIELDS:
+        raise ValueError(f"{where}: expected the fields {sorted(_FIELDS)}")
+    tokens = entry["new_tokens"]
+    lengths = _numbers(f"{where}.seq_lens", entry["seq_lens"])
+    if isinstance(tokens, list):
+        tokens = _numbers(f"{where}.new_tokens", tokens)
+        if len(tokens) != len(lengths):
+            raise ValueError(f"{where}.new_tokens: expected {len(lengths)}, got {len(tokens)}")
+    else:
+        (tokens,) = _numbers(f"{where}.new_tokens", [tokens])
+    heads, block_size = _numbers(where, [entry["num_heads"], entry.get("block_size", BLOCK_SIZE)])
+    if min(lengths) < (max(tokens) if isinstance(tokens, tuple) else tokens):
+        raise ValueError(f"{where}.seq_lens: expected at least the new tokens")
+    return Shape(str(entry["name"]), lengths, tokens, heads, block_size=block_size)
+
+
+def _numbers(where: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}: expected a list of whole numbers")
+    for value in values:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: expected whole numbers of at least 1, got {value!r}")
+    return tuple(values)

@@ -29,7 +29,7 @@ from benchmarks import bench  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS  # noqa: E402
 from benchmarks.measure import REPLAYS  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
-from tools.results import FOLDER, ResultsError, check_schema, slug  # noqa: E402
+from tools.results import FOLDER, ResultsError, install  # noqa: E402
 from tools.source_digest import source_digest  # noqa: E402
 
 CORRECTNESS_LOG = ROOT / "build" / "correctness.jsonl"
@@ -78,20 +78,16 @@ def main() -> int:
         "correctness": correctness,
         "benchmark": [finite(row.as_json()) for row in rows if math.isfinite(row.us)],
     }
-    path = FOLDER / f"{slug(device)}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"gpu-check: wrote {path.relative_to(ROOT)}")
-    if out := os.environ.get("OUT"):
-        shutil.copy(path, out)
-
     failures = [f"pytest ended with status {status}"] if status else []
     failures += [f"correctness: {row['case']}" for row in correctness if not row["passed"]]
     failures += [] if correctness else ["no correctness row was recorded"]
     ours = [row for row in rows if row.impl == bench.OURS]
     failures += [f"{row.shape.name}: {row.error}" for row in ours if row.error]
     try:
-        check_schema(results)
+        path = install(results, FOLDER)
+        print(f"gpu-check: wrote {path.relative_to(ROOT)}")
+        if out := os.environ.get("OUT"):
+            shutil.copy(path, out)
     except ResultsError as error:
         failures.append(str(error))
     print("gpu-check: " + ("; ".join(failures) if failures else "all passed"))

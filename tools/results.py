@@ -1,8 +1,11 @@
 """The results files: what they hold and what makes one valid.
 
     python -m tools.results --pending REASON
+    python -m tools.results --install FILE
 
-says why no results exist for the sources as they are now, in benchmarks/results/pending.json.
+The first says why no results exist for the sources as they are now, in
+benchmarks/results/pending.json. The second takes a file that `make gpu-check` wrote on another
+machine: what it replaces goes to benchmarks/results/history/.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from tools.source_digest import source_digest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 PENDING = "pending.json"
+HISTORY = "history"
+NOISE = 1.03  # a shape that takes longer than this many times its last time has lost
 
 NUMBER = (int, float)
 HEAD = {
@@ -118,12 +123,57 @@ def write_pending(reason: str, digest: str, folder: Path = FOLDER) -> Path:
     return path
 
 
+def install(results: dict[str, Any], folder: Path = FOLDER) -> Path:
+    """Write ``results`` as those of their device; return the file.
+
+    Those that were measured with other sources are kept, numbered, in ``history/<device>/``.
+    """
+    check_schema(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug(results['device'])}.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["source_digest"] != results["source_digest"]:
+            past = history(path)
+            name = f"{len(past) + 1:04}-{before['commit'][:12]}.json"
+            kept = folder / HISTORY / path.stem / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(kept)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (folder / PENDING).unlink(missing_ok=True)
+    return path
+
+
+def history(path: Path) -> list[Path]:
+    """Return the results that a device's file has replaced, the oldest first."""
+    return sorted((path.parent / HISTORY / path.stem).glob("*.json"))
+
+
+def losses(
+    new: list[dict[str, Any]], old: list[dict[str, Any]], impl: str = IMPLS[0]
+) -> dict[str, float]:
+    """Return how many times as long the shapes take that got slower by more than noise."""
+    before = {row["shape"]: row["us"] for row in old if row["impl"] == impl}
+    ratios = {
+        row["shape"]: row["us"] / before[row["shape"]]
+        for row in new
+        if row["impl"] == impl and row["shape"] in before
+    }
+    return {shape: ratio for shape, ratio in ratios.items() if ratio > NOISE}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="say why no results exist for these sources")
-    parser.add_argument("--pending", metavar="REASON", required=True)
+    parser = argparse.ArgumentParser(description="results of a GPU, or why there are none")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    chosen.add_argument("--pending", metavar="REASON")
+    chosen.add_argument("--install", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
     try:
-        path = write_pending(parser.parse_args().pending, source_digest())
-    except ResultsError as error:
+        if arguments.install:
+            path = install(json.loads(arguments.install.read_text()))
+        else:
+            path = write_pending(arguments.pending, source_digest())
+    except (OSError, ValueError) as error:
         print(f"results: {error}", file=sys.stderr)
         return 1
     print(f"results: wrote {path.relative_to(ROOT)}")

@@ -1,0 +1,99 @@
+"""The benchmark's report, from rows that a GPU once gave; and shapes from a file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import bench, report
+from benchmarks.measure import Row
+from benchmarks.shapes import SHAPES, read_shapes
+from tools.results import FOLDER
+
+H200 = FOLDER / "nvidia-h200.json"
+PICTURES = ["multiples.png", "roofline.png", "latency.png"]
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    measured = json.loads(H200.read_text(encoding="utf-8"))["benchmark"]
+    return [
+        Row(SHAPES[row["shape"]], row["impl"], us=row["us"], rel_err=row["rel_err"])
+        for row in measured
+    ]
+
+
+def test_the_report_shows_every_row(rows: list[Row], tmp_path: Path) -> None:
+    page = report.write_report(tmp_path / "new" / "folder", rows, "NVIDIA H200")
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("# NVIDIA H200\n")
+    for row in rows:
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row.shape.name} |"))
+        assert f" {row.us:.1f} ({row.us / row.shape.floor_us:.2f}) " in line
+    for picture in PICTURES:
+        assert f"]({picture})" in text
+        assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
+    with (page.parent / "table.csv").open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["us"]) for line in table] == [round(row.us, 3) for row in rows]
+    assert len(json.loads((page.parent / "rows.json").read_text(encoding="utf-8"))) == len(rows)
+
+
+def test_a_wrong_result_has_no_figure(tmp_path: Path) -> None:
+    shape = SHAPES["B8_1k_q1_h16"]
+    wrong = Row(shape, "flash_mla", us=7.77, rel_err=0.5, error="wrong output: relative error 0.5")
+    right = Row(shape, "mla_decode", us=15.25, rel_err=2e-3)
+    page = report.write_report(tmp_path, [right, wrong], "a GPU")
+    for name in ("report.md", "table.csv", "rows.json"):
+        assert "7.77" not in (tmp_path / name).read_text(encoding="utf-8")
+    assert "- B8_1k_q1_h16, flash_mla: wrong output" in page.read_text(encoding="utf-8")
+    ours, theirs = bench.table_lines([right, wrong])
+    assert "7.77" not in theirs and theirs.endswith("** wrong output: relative error 0.5")
+    assert "flash_mla" not in ours
+
+
+def test_nothing_that_ran_is_a_report_without_pictures(tmp_path: Path) -> None:
+    failed = Row(SHAPES["B8_1k_q1_h16"], "mla_decode", error="a reason")
+    page = report.write_report(tmp_path, [failed], "a GPU")
+    assert "png" not in page.read_text(encoding="utf-8")
+    assert math.isnan(failed.us)
+
+
+def test_shapes_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    own = {"name": "a", "seq_lens": [40, 3], "new_tokens": 2, "num_heads": 16}
+    mixed = own | {"name": "b", "new_tokens": [1, 3], "block_size": 16}
+    path.write_text(json.dumps([own, mixed]), encoding="utf-8")
+    uniform, ragged = read_shapes(path)
+    assert (uniform.name, uniform.seq_lens, uniform.tokens) == ("a", (40, 3), (2, 2))
+    assert (ragged.tokens, ragged.block_size, ragged.is_mixed) == ((1, 3), 16, True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": 3}, r"\[0\]: expected the fields"),
+        ({"seq_lens": []}, r"\[0\]\.seq_lens: expected a list of whole numbers"),
+        ({"seq_lens": [0]}, r"\[0\]\.seq_lens: expected whole numbers of at least 1, got 0"),
+        ({"new_tokens": [1, 2]}, r"\[0\]\.new_tokens: expected 1, got 2"),
+        ({"new_tokens": 41}, r"\[0\]\.seq_lens: expected at least the new tokens"),
+        ({"num_heads": "16"}, r"\[0\]: expected whole numbers of at least 1, got '16'"),
+    ],
+)
+def test_a_wrong_shape_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "shapes.json"
+    shape = {"name": "a", "seq_lens": [40], "new_tokens": 2, "num_heads": 16} | change
+    path.write_text(json.dumps([shape]), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_shapes(path)
+
+
+def test_a_missing_file_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--file", "nowhere.json"])
+    assert "--file: " in capsys.readouterr().err
