@@ -71,8 +71,17 @@ inline uint64_t num_q_rows(const DecodeLayout& layout) {
     return static_cast<uint64_t>(layout.num_kv_heads) * layout.total_tokens * layout.num_heads;
 }
 
-// No row group has more rows than a slot.
-inline bool is_narrow(const DecodeLayout& layout) { return layout.slot_rows <= kNarrowRows; }
+// Rows of the largest row group. Where sequences differ in their tokens, a slot tells.
+inline int most_group_rows(const DecodeLayout& layout, bool ragged) {
+    return ragged ? layout.slot_rows : std::min(kMaxRows, layout.s_q * layout.num_heads);
+}
+
+// All rows of a group at once; and which kernel is meant for boxes of so many rows.
+inline int q_box_rows(const DecodeLayout& layout, bool ragged) {
+    const int rows = most_group_rows(layout, ragged);
+    return rows <= kNarrowRows ? (rows + 7) / 8 * 8 : kMaxRows;
+}
+inline bool is_narrow(int q_box_rows) { return q_box_rows <= kNarrowRows; }
 
 inline CUtensorMapDataType tensor_type(const DecodeLayout& layout) {
     return layout.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -80,7 +89,7 @@ inline CUtensorMapDataType tensor_type(const DecodeLayout& layout) {
 
 // Latent columns of queries, by the swizzle block: [row, block, column].
 inline CUtensorMap encode_q_latent(const DecodeLayout& layout, const void* base, int box_rows) {
-    const bool narrow = is_narrow(layout);
+    const bool narrow = is_narrow(box_rows);
     const mk::TensorMapSpec<3> spec{tensor_type(layout),
                                     base,
                                     {kBlockCols, num_q_rows(layout), kLatentBlocks},
@@ -93,7 +102,7 @@ inline CUtensorMap encode_q_latent(const DecodeLayout& layout, const void* base,
 }
 
 inline CUtensorMap encode_q_rope(const DecodeLayout& layout, const void* base, int box_rows) {
-    const bool narrow = is_narrow(layout);
+    const bool narrow = is_narrow(box_rows);
     const mk::TensorMapSpec<2> spec{
         tensor_type(layout),
         base,
@@ -157,11 +166,6 @@ inline int kv_box_rows(const DecodeLayout& layout) {
     return 0;
 }
 
-// All rows of a group at once.
-inline int q_box_rows(const DecodeLayout& layout) {
-    return is_narrow(layout) ? (layout.slot_rows + 7) / 8 * 8 : kMaxRows;
-}
-
 }  // namespace detail
 
 inline MlaGlobals make_globals(const DecodeLayout& layout,
@@ -184,7 +188,7 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     g.kv_box_rows = detail::kv_box_rows(layout);
     g.kv_head_step =
         layout.num_kv_heads > 1 ? static_cast<int>(layout.latent_strides[2] / kBlockCols) : 0;
-    g.q_box_rows = detail::q_box_rows(layout);
+    g.q_box_rows = detail::q_box_rows(layout, ragged);
     g.causal = layout.causal;
     g.scale_log2 = static_cast<float>(layout.softmax_scale * kLog2E);
     g.lse_scale = layout.lse_base2 ? 1.f : kLn2;
@@ -269,7 +273,7 @@ inline void launch_decode(const DecodeLayout& layout,
     const mk::DeviceGuard guard(layout.device);
     const MlaGlobals globals = make_globals(layout, pointers, options);
     const int num_ctas = options.num_ctas > 0 ? options.num_ctas : mk::num_sms(layout.device);
-    const bool narrow = detail::is_narrow(layout);
+    const bool narrow = detail::is_narrow(globals.q_box_rows);
     const auto launch =
         layout.fp16
             ? (narrow ? &launch_family<kittens::half, true> : &launch_family<kittens::half, false>)

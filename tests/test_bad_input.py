@@ -683,6 +683,19 @@ def test_slots_with_too_few_rows_for_a_ragged_queue_are_refused() -> None:
         launch.run()
 
 
+def test_a_slot_tells_the_kernel_how_many_rows_a_ragged_group_has() -> None:
+    """Even where nothing is written to one."""
+    case = make_case([130, 65], 8, [1, 3])
+    plan = mla_decode.plan(case.seq_lens, 8, [1, 3], policy="unsplit")
+    assert plan.num_slots == 0
+    launch = Launch.of(case, plan.instructions, num_slots=0)
+    launch.run()
+    launch.tensors["o_scratch"] = torch.empty(0, 23, 512)
+    launch.tensors["lvec_scratch"] = torch.empty(0, 23)
+    with pytest.raises(QueueError, match=r"expected rows that a scratch slot holds \(23\)"):
+        launch.run()
+
+
 def test_scratch_too_small_is_refused(case: Case) -> None:
     plan = mla_decode.plan(case.seq_lens, 8, 2, policy="fixed", split_tiles=1)
     assert plan.num_slots > 1

@@ -114,7 +114,9 @@ class _Partials(_Instructions):
         group = np.minimum(MAX_ROWS, rows - first)
         whole = (w[:, 10] == 0) | (w[:, 10] == group)
         need(whole, 10, "num_rows", f"{MAX_ROWS} rows, or all that are left if fewer (0)")
-        fits = ~slot | (group <= lim.slot_rows)
+        # Of sequences that differ in their rows, a slot tells the kernel how many a group can have.
+        differ = isinstance(lim.rows, tuple)
+        fits = ~(slot | differ) | (group <= lim.slot_rows)
         need(fits, 2, "dst_batch", f"rows that a scratch slot holds ({lim.slot_rows})")
 
 
