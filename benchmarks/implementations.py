@@ -81,21 +81,27 @@ def flash_mla(case: Case) -> Prepared:
     metadata, _ = flash.get_mla_metadata()
 
     def call(i: int) -> torch.Tensor:
-        out, _ = flash.flash_mla_with_kvcache(
-            case.q[i],
-            case.kv_cache[i],
-            case.block_table,
-            case.seq_lens,
-            LATENT_DIM,
-            metadata,
-            softmax_scale=SOFTMAX_SCALE,
-            causal=True,
-            is_fp8_kvcache=False,
-            use_legacy=True,
-        )
-        return out
+        return call_flash_mla(flash, case, i, metadata)
 
     return Prepared(call)
+
+
+def call_flash_mla(flash: Any, case: Case, i: int, metadata: object) -> torch.Tensor:
+    """FlashMLA's dense decode of copy ``i``; with fresh metadata it plans first."""
+    out: torch.Tensor
+    out, _ = flash.flash_mla_with_kvcache(
+        case.q[i],
+        case.kv_cache[i],
+        case.block_table,
+        case.seq_lens,
+        LATENT_DIM,
+        metadata,
+        softmax_scale=SOFTMAX_SCALE,
+        causal=True,
+        is_fp8_kvcache=False,
+        use_legacy=True,
+    )
+    return out
 
 
 def flashinfer_fa3(case: Case) -> Prepared:

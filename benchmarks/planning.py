@@ -15,10 +15,10 @@ from collections.abc import Callable
 import mla_decode
 import torch
 
-from benchmarks.case import SOFTMAX_SCALE, make_case
-from benchmarks.implementations import UnavailableError, import_or_explain
+from benchmarks.case import make_case
+from benchmarks.implementations import UnavailableError, call_flash_mla, import_or_explain
 from benchmarks.measure import WARMUP_REPLAYS, describe
-from benchmarks.shapes import LATENT_DIM, Shape
+from benchmarks.shapes import Shape
 
 BATCHES = (1, 64, 256, 1024)
 NUM_HEADS = 16
@@ -74,26 +74,16 @@ def flash_mla(batch: int, replays: int) -> float:
     device = torch.device("cuda", torch.cuda.current_device())
     case = make_case(Shape("one block", (64,) * batch, 1, NUM_HEADS), device, copies=1)
 
-    def call(metadata: object) -> object:
-        return flash.flash_mla_with_kvcache(
-            case.q[0],
-            case.kv_cache[0],
-            case.block_table,
-            case.seq_lens,
-            LATENT_DIM,
-            metadata,
-            softmax_scale=SOFTMAX_SCALE,
-            causal=True,
-            is_fp8_kvcache=False,
-            use_legacy=True,
-        )
-
     def fresh() -> object:
         metadata, _ = flash.get_mla_metadata()
-        return call(metadata), metadata
+        return call_flash_mla(flash, case, 0, metadata), metadata
 
     made, _ = flash.get_mla_metadata()
-    return replay_us(fresh, replays) - replay_us(lambda: call(made), replays)
+
+    def planned() -> object:
+        return call_flash_mla(flash, case, 0, made)
+
+    return replay_us(fresh, replays) - replay_us(planned, replays)
 
 
 def run(replays: int) -> int:

@@ -58,7 +58,6 @@ __device__ __forceinline__ unsigned char* smem_base() {
     extern __shared__ __align__(1024) unsigned char smem[];
     return smem;
 }
-__device__ __forceinline__ uint32_t smem_base_address() { return ptx::smem_address(smem_base()); }
 
 template <class Config>
 __device__ __forceinline__ ControlBlock<Config>& control_block() {

@@ -40,11 +40,6 @@ __device__ __forceinline__ void mbar_arrive_expect_tx(uint32_t mbar, uint32_t by
                  : "memory");
 }
 
-__device__ __forceinline__ void mbar_expect_tx(uint32_t mbar, uint32_t bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbar), "r"(bytes)
-                 : "memory");
-}
-
 // True once the phase of this parity has completed. May suspend the thread for a while, never
 // for ever.
 __device__ __forceinline__ bool mbar_try_wait(uint32_t mbar, uint32_t parity) {
@@ -231,12 +226,6 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const ui
 }
 
 // ---- global memory ----------------------------------------------------------
-
-__device__ __forceinline__ int32_t load_acquire_gpu(const int32_t* pointer) {
-    int32_t value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
-    return value;
-}
 
 __device__ __forceinline__ int32_t load_relaxed_gpu(const int32_t* pointer) {
     int32_t value;

@@ -15,27 +15,6 @@ namespace {
 
 using IntArray = py::array_t<int32_t, py::array::c_style>;
 
-mla::DevicePlanProblem problem_of(int num_requests,
-                                  int num_kv_heads,
-                                  int s_q,
-                                  int total_tokens,
-                                  int num_heads,
-                                  int max_seq_len,
-                                  int num_workers,
-                                  int split_tiles) {
-    mla::DevicePlanProblem problem{};
-    problem.num_requests = num_requests;
-    problem.num_kv_heads = num_kv_heads;
-    problem.s_q = s_q;
-    problem.total_tokens = total_tokens;
-    problem.num_heads = num_heads;
-    problem.max_seq_len = max_seq_len;
-    problem.num_workers = num_workers;
-    problem.split_tiles = split_tiles;
-    mla::check_device_plan(problem);
-    return problem;
-}
-
 py::tuple capacity(int num_requests,
                    int num_kv_heads,
                    int s_q,
@@ -44,14 +23,14 @@ py::tuple capacity(int num_requests,
                    int max_seq_len,
                    int num_workers,
                    int split_tiles) {
-    const auto problem = problem_of(num_requests,
-                                    num_kv_heads,
-                                    s_q,
-                                    total_tokens,
-                                    num_heads,
-                                    max_seq_len,
-                                    num_workers,
-                                    split_tiles);
+    const auto problem = mla::device_plan_problem(num_requests,
+                                                  num_kv_heads,
+                                                  s_q,
+                                                  total_tokens,
+                                                  num_heads,
+                                                  max_seq_len,
+                                                  num_workers,
+                                                  split_tiles);
     return py::make_tuple(mla::device_plan_rows(problem), mla::device_plan_capacity(problem).slots);
 }
 
@@ -67,14 +46,14 @@ void plan(const IntArray& seq_lens,
           const std::vector<double>& cost,
           IntArray& instructions,
           IntArray& header) {
-    auto problem = problem_of(static_cast<int>(seq_lens.size()),
-                              num_kv_heads,
-                              s_q,
-                              total_tokens,
-                              num_heads,
-                              max_seq_len,
-                              num_workers,
-                              split_tiles);
+    auto problem = mla::device_plan_problem(static_cast<int>(seq_lens.size()),
+                                            num_kv_heads,
+                                            s_q,
+                                            total_tokens,
+                                            num_heads,
+                                            max_seq_len,
+                                            num_workers,
+                                            split_tiles);
     problem.cost = mla::device_plan_cost(cost);
     problem.seq_lens = seq_lens.data();
     IntArray cu_seqlens;

@@ -56,4 +56,26 @@ inline void check_device_plan(const DevicePlanProblem& p) {
                 device_plan::kMaxInstructions);
 }
 
+// Sizes alone; throws std::invalid_argument unless they can be planned for.
+inline DevicePlanProblem device_plan_problem(int num_requests,
+                                             int num_kv_heads,
+                                             int s_q,
+                                             int total_tokens,
+                                             int num_heads,
+                                             int max_seq_len,
+                                             int num_workers,
+                                             int split_tiles) {
+    DevicePlanProblem problem{};
+    problem.num_requests = num_requests;
+    problem.num_kv_heads = num_kv_heads;
+    problem.s_q = s_q;
+    problem.total_tokens = total_tokens;
+    problem.num_heads = num_heads;
+    problem.max_seq_len = max_seq_len;
+    problem.num_workers = num_workers;
+    problem.split_tiles = split_tiles;
+    check_device_plan(problem);
+    return problem;
+}
+
 }  // namespace mla

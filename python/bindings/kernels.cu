@@ -127,21 +127,19 @@ void plan(uintptr_t seq_lens,
           uintptr_t header,
           int device,
           uintptr_t stream) {
-    mla::DevicePlanProblem problem{};
+    auto problem = mla::device_plan_problem(num_requests,
+                                            num_kv_heads,
+                                            s_q,
+                                            total_tokens,
+                                            num_heads,
+                                            max_seq_len,
+                                            num_workers,
+                                            split_tiles);
     problem.seq_lens = pointer<const int32_t>(seq_lens);
     problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
     problem.kv_indptr = pointer<const int32_t>(kv_indptr);
     problem.block_size = block_size;
-    problem.num_requests = num_requests;
-    problem.num_kv_heads = num_kv_heads;
-    problem.s_q = s_q;
-    problem.total_tokens = total_tokens;
-    problem.num_heads = num_heads;
-    problem.max_seq_len = max_seq_len;
-    problem.num_workers = num_workers;
-    problem.split_tiles = split_tiles;
     problem.cost = mla::device_plan_cost(cost);
-    mla::check_device_plan(problem);
     mla::launch_device_plan(problem,
                             pointer<int32_t>(instructions),
                             rows,

@@ -284,8 +284,3 @@ def _now() -> int:
 def _int32(value: int) -> int:
     """``value`` wrapped around as the GPU's counters wrap."""
     return ((value & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
-
-
-def launch_epoch(queue_state: torch.Tensor) -> int:
-    """Epoch of the last launch on a queue state."""
-    return int(queue_state[STATE_EPOCH])

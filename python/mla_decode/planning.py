@@ -164,11 +164,6 @@ class Plan:
     def __str__(self) -> str:
         return f"Plan({self.summary()})"
 
-    @property
-    def is_proved(self) -> bool:
-        """Whether the planner made the queue, or `validate` passed."""
-        return self._proved
-
     def validate(self) -> None:
         """Prove that the queue computes attention of these lengths and cannot deadlock.
 
