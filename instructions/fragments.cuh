@@ -10,7 +10,21 @@
 namespace mla {
 
 using Scores = kittens::rt_fl<16, kKvTile>;
-using Accumulator = kittens::rt_fl<16, kHalfLatent>;
+// Half the latent columns, in two parts: ptxas compiles no product 256 columns wide for a kernel
+// that is launched with 128 registers a thread, whatever setmaxnreg adds to them.
+struct Accumulator {
+    static constexpr int kParts = 2;
+    static constexpr int kPartCols = kHalfLatent / kParts;
+    kittens::rt_fl<16, kPartCols> part[kParts];
+
+    static constexpr int width = kHalfLatent / 16;
+    __device__ __forceinline__ auto& tile(int i) {
+        return part[i / (width / kParts)].tiles[0][i % (width / kParts)];
+    }
+    __device__ __forceinline__ const auto& tile(int i) const {
+        return part[i / (width / kParts)].tiles[0][i % (width / kParts)];
+    }
+};
 template <class Element>
 using PFragment = kittens::rt<Element, 16, kKvTile, kittens::ducks::rt_layout::row>;
 template <class Element>
@@ -78,50 +92,45 @@ __device__ __forceinline__ void begin_products(Fragment& d) {
 __device__ __forceinline__ uint32_t latent_address(uint32_t page) { return page; }
 __device__ __forceinline__ uint32_t rope_address(uint32_t page) { return page + kHalfLatentBytes; }
 
+// Half the width of Q or K, in a page.
+template <class Latent>
+struct HalfOperand {
+    Latent latent;
+    RopeOperand rope;
+    __device__ explicit HalfOperand(uint32_t page)
+        : latent(latent_address(page)), rope(rope_address(page)) {}
+};
+using HalfQ = HalfOperand<QOperand>;
+using HalfK = HalfOperand<KOperand>;
+
 // Issues s (+)= Q K^T over one half of the width; not yet committed.
 template <class Element, bool kFirst>
-__device__ __forceinline__ void multiply_scores(Scores& s, uint32_t q, uint32_t k) {
+__device__ __forceinline__ void multiply_scores(Scores& s, const HalfQ& q, const HalfK& k) {
     using Mma = kittens::wgmma::base<float, Element, kKvTile, 0, 0>;
-    const QOperand q_latent(latent_address(q));
-    const KOperand k_latent(latent_address(k));
-    const RopeOperand q_rope(rope_address(q)), k_rope(rope_address(k));
     begin_products(s);
 #pragma unroll
     for (int step = 0; step < kHalfLatent / 16; ++step) {
-        Mma::st_st(s, q_latent.slice(step), k_latent.slice(step), !(kFirst && step == 0));
+        Mma::st_st(s, q.latent.slice(step), k.latent.slice(step), !(kFirst && step == 0));
     }
 #pragma unroll
     for (int step = 0; step < kHalfRope / 16; ++step) {
-        Mma::st_st(s, q_rope.slice(step), k_rope.slice(step), 1);
+        Mma::st_st(s, q.rope.slice(step), k.rope.slice(step), 1);
     }
 }
 
+// Issues o += P V.
 template <class Element>
-using OutputMma = kittens::wgmma::base<float, Element, kHalfLatent, 0, 1>;
-
-// Issues o += P V with P in registers.
-template <class Element>
-__device__ __forceinline__ void accumulate(Accumulator& o,
-                                           const PFragment<Element>& p,
-                                           uint32_t v) {
-    const VOperand v_rows(latent_address(v));
-    begin_products(o);
+__device__ __forceinline__ void accumulate(Accumulator& o, const POperand& p, const VOperand& v) {
+    using Mma = kittens::wgmma::base<float, Element, Accumulator::kPartCols, 0, 1>;
 #pragma unroll
-    for (int step = 0; step < kKvTile / 16; ++step) {
-        OutputMma<Element>::rt_st(o, p.tiles[0][step], v_rows.slice(step), 1);
-    }
-    kittens::warpgroup::mma_commit_group();
-}
-
-// The same with P in shared memory.
-template <class Element>
-__device__ __forceinline__ void accumulate(Accumulator& o, const PTile<Element>& p, uint32_t v) {
-    const POperand p_cols(mk::ptx::smem_address(&p));
-    const VOperand v_rows(latent_address(v));
-    begin_products(o);
+    for (auto& part : o.part) begin_products(part);
 #pragma unroll
-    for (int step = 0; step < kKvTile / 16; ++step) {
-        OutputMma<Element>::st_st(o, p_cols.slice(step), v_rows.slice(step), 1);
+    for (int part = 0; part < Accumulator::kParts; ++part) {
+#pragma unroll
+        for (int step = 0; step < kKvTile / 16; ++step) {
+            const int block = part * Accumulator::kPartCols / kBlockCols;
+            Mma::st_st(o.part[part], p.slice(step), v.slice(step, block), 1);
+        }
     }
     kittens::warpgroup::mma_commit_group();
 }

@@ -41,7 +41,7 @@ class BoxLoader {
     }
 
     __device__ void load_half(int tile, int half, uint32_t page, uint32_t full) const {
-        if (lane_ != 0) return;
+        if (!mk::ptx::elect_lane()) return;
         // A box that begins past the end is left out, and what it would hold never used.
         const int positions = end_ - start_ - tile * kKvTile;
         const int num_boxes = kBoxes == 1 ? 1 : min(kBoxes, (positions + kRows - 1) / kRows);

@@ -46,6 +46,7 @@ struct MlaFill {
         }
     };
 
+    using Feeder = mk::Idle;
     using Storer = mk::Idle;
     using Launcher = mk::Idle;
 };

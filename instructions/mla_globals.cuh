@@ -21,8 +21,12 @@ struct MlaConfig : mk::DefaultConfig {
     using Element = Element_;
     static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
     static constexpr bool kNarrow = kNarrow_;
-    static constexpr int kConsumerRegisters = kWholeTileBoxes ? 232 : 216;
-    static constexpr int kControlRegisters = kWholeTileBoxes ? 40 : 72;
+    static constexpr int kNumFeederWarps = kNarrow ? 0 : 4;
+    static constexpr int kLaunchRegisters = kNarrow ? 168 : 128;
+    static constexpr int kControlRegisters = !kWholeTileBoxes ? 72 : kNarrow ? 56 : 48;
+    static constexpr int kFeederRegisters = kWholeTileBoxes ? 112 : 104;
+    static constexpr int kConsumerRegisters =
+        kNarrow ? (kWholeTileBoxes ? 224 : 216) : (kWholeTileBoxes ? 176 : 168);
 };
 inline constexpr int kElementBytes = 2;
 
@@ -187,10 +191,10 @@ __device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::half) {
 enum class NamedBarrier : int {
     kWarpgroupSynced = 1,  // + Half: the 128 threads of one warpgroup
     kConsumersSynced = 3,
-    kEvenScored = 4,  // even tile: Q K^T is through the tensor cores
-    kEvenPReady = 5,  // even tile: P and the row maxima are in scratch
-    kOddScored = 6,   // odd tile: Q K^T is through the tensor cores
-    kOddPReady = 7,   // odd tile: P and maxima, and nobody reads the even tile's P any more
+    // Between the scorers and the consumers of a wide partial.
+    kPReady = 4,     // a tile's P, and what it does to the output so far, are in scratch
+    kPFree = 5,      // and have been read
+    kSumsReady = 6,  // what the output is multiplied with in the end is in scratch
 };
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerThreads = 2 * kWarpgroupThreads;

@@ -10,6 +10,7 @@
 #include "instructions/kv_loader.cuh"
 #include "instructions/narrow_consumer.cuh"
 #include "instructions/wide_consumer.cuh"
+#include "instructions/wide_scorer.cuh"
 #include "megakernel/opcode_list.cuh"
 #include "megakernel/state.cuh"
 
@@ -25,7 +26,10 @@ struct MlaPartial {
 
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals& g, int semaphore) {
-            if (semaphore == Pages::kOutputStored) return Config::kNumConsumerWarps;
+            if (semaphore == Pages::kScratchFree) return Config::kNumConsumerWarps;
+            if (semaphore == Pages::kOutputStored) {
+                return Config::kNumConsumerWarps + Config::kNumFeederWarps;
+            }
             if (semaphore >= Pages::kKvEmpty) return kWarpgroupThreads / mk::kWarpThreads;
             const bool copied_by_lanes = semaphore >= Pages::kKvFull && g.kv_box_rows == 0;
             return copied_by_lanes ? mk::kWarpThreads : 1;
@@ -40,43 +44,15 @@ struct MlaPartial {
             const int lane = threadIdx.x % mk::kWarpThreads;
             const PartialWork work(g, state.words());
             if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
-            if constexpr (Config::kWholeTileBoxes) {
-                load<BoxLoader<1>>(g, state, work, lane);
-            } else if (g.kv_box_rows == 32) {
-                load<BoxLoader<2>>(g, state, work, lane);
-            } else if (g.kv_box_rows == 16) {
-                load<BoxLoader<4>>(g, state, work, lane);
-            } else {
-                load<RowLoader>(g, state, work, lane);
-            }
+            with_kv_loader(g, work, lane, [&](auto& kv) {
+                load_q(g, state, work, lane);
+                load_tiles(g, state, work, kv, mk::Role::kLoader);
+            });
             state.pass_pages_from(Pages::kQPages + 2 * work.num_tiles, lane);
             if (lane == 0) state.record(mk::TimingWord::kLoadEnd);
         }
 
       private:
-        template <class KvLoader>
-        __device__ static void load(const MlaGlobals& g,
-                                    State& state,
-                                    const PartialWork& work,
-                                    int lane) {
-            KvLoader kv(g, work, lane);
-            load_q(g, state, work, lane);
-            for (int tile = 0; tile < work.num_tiles; ++tile) {
-                kv.begin_tile(tile);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const int i = 2 * tile + half;
-                    const bool ok = i < Pages::kRing ? state.wait_page(Pages::page(i))
-                                                     : state.wait(Pages::kKvEmpty + Pages::place(i),
-                                                                  i / Pages::kRing - 1);
-                    const uint32_t full = state.semaphore(Pages::full(i));
-                    const uint32_t page = mk::ptx::smem_address(state.page(Pages::page(i)));
-                    if (ok) kv.load_half(tile, half, page, full);
-                }
-                __syncwarp();
-            }
-        }
-
         // The box may hold rows of the next sequence; nobody looks at what becomes of them.
         __device__ static void load_q(const MlaGlobals& g,
                                       State& state,
@@ -84,7 +60,7 @@ struct MlaPartial {
                                       int lane) {
 #pragma unroll
             for (int page = 0; page < Pages::kQPages; ++page) state.wait_page(page);
-            if (lane != 0) return;
+            if (!mk::ptx::elect_lane()) return;
             const uint32_t full = state.semaphore(Pages::kQFull);
             const int row = work.flat_row(g, 0);
             constexpr int kRowBytes = (kLatentDim + kRopeDim) * kElementBytes;
@@ -105,7 +81,18 @@ struct MlaPartial {
     using Consumer =
         std::conditional_t<Config::kNarrow, NarrowConsumer<Config>, WideConsumer<Config>>;
 
-    using Launcher = mk::Idle;
+    using Feeder = std::conditional_t<Config::kNarrow, mk::Idle, WideScorer<Config>>;
+
+    struct Launcher {
+        __device__ static void run(const MlaGlobals& g, State& state) {
+            if constexpr (!Config::kWholeTileBoxes) {
+                const PartialWork work(g, state.words());
+                if (g.kv_box_rows != 0 || 2 * work.num_tiles <= Pages::kRing) return;
+                RowLoader kv(g, work, threadIdx.x % mk::kWarpThreads);
+                load_tiles(g, state, work, kv, mk::Role::kLauncher);
+            }
+        }
+    };
 
     struct Storer {
         __device__ static void run(const MlaGlobals& g, State& state) {
@@ -119,6 +106,63 @@ struct MlaPartial {
             state.record(mk::TimingWord::kStoreEnd);
         }
     };
+
+  private:
+    // Calls load with the way in which this cache's KV is loaded.
+    template <class Load>
+    __device__ static void with_kv_loader(const MlaGlobals& g,
+                                          const PartialWork& work,
+                                          int lane,
+                                          Load load) {
+        const auto make = [&]<class KvLoader>(std::type_identity<KvLoader>) {
+            KvLoader kv(g, work, lane);
+            load(kv);
+        };
+        if constexpr (Config::kWholeTileBoxes) {
+            make(std::type_identity<BoxLoader<1>>{});
+        } else if (g.kv_box_rows == 32) {
+            make(std::type_identity<BoxLoader<2>>{});
+        } else if (g.kv_box_rows == 16) {
+            make(std::type_identity<BoxLoader<4>>{});
+        } else {
+            make(std::type_identity<RowLoader>{});
+        }
+    }
+
+    // Copies row by row take two warps. Each has places of its own, because a wait tells phases of
+    // a barrier apart only by seeing all of them; pages that come from the instruction before are
+    // the loader's to wait for.
+    __device__ static bool is_launchers(const MlaGlobals& g, int half_tile) {
+        return !Config::kWholeTileBoxes && g.kv_box_rows == 0 && Pages::place(half_tile) % 2 == 1 &&
+               !Pages::is_first_use(half_tile);
+    }
+
+    // Loads the half tiles that are this role's, each as soon as its place is free. That is on the
+    // way of every tile: what can be known before is.
+    template <class KvLoader>
+    __device__ static void load_tiles(const MlaGlobals& g,
+                                      const State& state,
+                                      const PartialWork& work,
+                                      KvLoader& kv,
+                                      mk::Role role) {
+        for (int tile = 0; tile < work.num_tiles; ++tile) {
+            kv.begin_tile(tile);
+            uint32_t full[2], page[2];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                full[half] = state.semaphore(Pages::full(2 * tile + half));
+                page[half] = mk::ptx::smem_address(state.page(Pages::page(2 * tile + half)));
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int i = 2 * tile + half;
+                if (is_launchers(g, i) != (role == mk::Role::kLauncher)) continue;
+                const bool ok = Pages::wait_place(state, i);
+                if (__all_sync(~0u, ok)) kv.load_half(tile, half, page[half], full[half]);
+            }
+            __syncwarp();
+        }
+    }
 };
 
 }  // namespace mla

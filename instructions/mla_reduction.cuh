@@ -108,6 +108,8 @@ struct MlaReduction {
         }
     };
 
+    using Feeder = mk::Idle;
+
     struct Consumer {
         __device__ static void run(const MlaGlobals& g, State& state) {
             const Work work(g, state);
@@ -118,11 +120,11 @@ struct MlaReduction {
             if (sharing > 1) {
                 merge_shared(g, state, work, sharing);
             } else if (work.num_inputs <= 2) {
-                merge<kInFlight / 2>(g, state, work);
+                merge_few<2>(g, state, work);
             } else if (work.num_inputs <= 4) {
-                merge<kInFlight / 4>(g, state, work);
+                merge_few<4>(g, state, work);
             } else {
-                merge<1>(g, state, work);
+                merge_many(g, state, work);
             }
             barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
             store_lses(g, state, work);
@@ -210,38 +212,61 @@ struct MlaReduction {
                 g.o_scratch + static_cast<int64_t>(at) * kLatentDim + place.col));
         }
 
-        // A team per chunk, kChunks of them at a time.
-        template <int kChunks>
-        __device__ static void merge(const MlaGlobals& g, const State& state, const Work& work) {
-            constexpr int kInputs = kInFlight / kChunks;
+        // A team per chunk. Few inputs: those of several chunks at a time.
+        template <int kInputs>
+        __device__ static void merge_few(const MlaGlobals& g,
+                                         const State& state,
+                                         const Work& work) {
+            constexpr int kChunks = kInFlight / kInputs;
             for (int first = threadIdx.x / kTeamThreads; first < work.num_chunks();
                  first += kChunks * kTeams) {
-                Sum sums[kChunks];
-                for (int input = 0; input < work.num_inputs; input += kInputs) {
-                    float lse_log2[kChunks][kInputs];
-                    float4 values[kChunks][kInputs];
+                float lse_log2[kChunks][kInputs];
+                float4 values[kChunks][kInputs];
 #pragma unroll
-                    for (int c = 0; c < kChunks; ++c) {
-                        const int chunk = first + c * kTeams;
-                        const Place place(work, chunk);
+                for (int c = 0; c < kChunks; ++c) {
+                    const int chunk = first + c * kTeams;
+                    const Place place(work, chunk);
 #pragma unroll
-                        for (int i = 0; i < kInputs; ++i) {
-                            const bool exists =
-                                chunk < work.num_chunks() && input + i < work.num_inputs;
-                            load(g, work, place, input + i, exists, lse_log2[c][i], values[c][i]);
-                        }
+                    for (int i = 0; i < kInputs; ++i) {
+                        const bool exists = chunk < work.num_chunks() && i < work.num_inputs;
+                        load(g, work, place, i, exists, lse_log2[c][i], values[c][i]);
                     }
-#pragma unroll
-                    for (int c = 0; c < kChunks; ++c) sums[c].add_inputs(lse_log2[c], values[c]);
                 }
 #pragma unroll
                 for (int c = 0; c < kChunks; ++c) {
                     const int chunk = first + c * kTeams;
-                    if (chunk < work.num_chunks()) {
-                        store(g, state, work, Place(work, chunk), sums[c]);
-                    }
+                    if (chunk >= work.num_chunks()) break;
+                    Sum sum;
+                    sum.add_inputs(lse_log2[c], values[c]);
+                    store(g, state, work, Place(work, chunk), sum);
                 }
             }
+        }
+        __device__ static void merge_many(const MlaGlobals& g,
+                                          const State& state,
+                                          const Work& work) {
+            for (int chunk = threadIdx.x / kTeamThreads; chunk < work.num_chunks();
+                 chunk += kTeams) {
+                const Place place(work, chunk);
+                store(g, state, work, place, sum_of(g, work, place, 0, 1));
+            }
+        }
+
+        // Over inputs first, first + step, ...
+        __device__ static Sum sum_of(
+            const MlaGlobals& g, const Work& work, const Place& place, int first, int step) {
+            Sum sum;
+            for (int input = first; input < work.num_inputs; input += kInFlight * step) {
+                float lse_log2[kInFlight];
+                float4 values[kInFlight];
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i) {
+                    const int at = input + i * step;
+                    load(g, work, place, at, at < work.num_inputs, lse_log2[i], values[i]);
+                }
+                sum.add_inputs(lse_log2, values);
+            }
+            return sum;
         }
 
         // Several teams per chunk, each with its share of the inputs; the first of them adds up.
@@ -254,19 +279,7 @@ struct MlaReduction {
             const bool has_chunk = chunk < work.num_chunks();
             const Place place(work, chunk);
             if (has_chunk) {
-                Sum sum;
-                for (int input = part; input < work.num_inputs; input += kInFlight * sharing) {
-                    float lse_log2[kInFlight];
-                    float4 values[kInFlight];
-#pragma unroll
-                    for (int i = 0; i < kInFlight; ++i) {
-                        const int own = input + i * sharing;
-                        const bool exists = own < work.num_inputs;
-                        load(g, work, place, own, exists, lse_log2[i], values[i]);
-                    }
-                    sum.add_inputs(lse_log2, values);
-                }
-                scratch(state).parts[team][lane] = sum;
+                scratch(state).parts[team][lane] = sum_of(g, work, place, part, sharing);
             }
             barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
             if (has_chunk && part == 0) {

@@ -53,18 +53,19 @@ struct PartialPages {
     static constexpr int kQPages = Config::kNarrow ? 1 : 2;
     static constexpr int kRing = Config::kNumSmemPages - kQPages;
 
-    // That a half tile has come is told through as many barriers as there are places, rounded up to
-    // two tiles for each warpgroup. A wait knows the parity of a phase only, so whoever waits on a
-    // barrier has to see each of its phases; and a narrow kernel's warpgroups take tiles in turns,
-    // while five places hand each place from one to the other.
-    static constexpr int kFullBarriers = (kRing + 3) / 4 * 4;
+    // That a half tile has come is told through as many barriers as there are places. A wait knows
+    // the parity of a phase only, so whoever waits on a barrier has to see each of its phases. In a
+    // narrow kernel warpgroups take tiles in turns, while five places hand each place from one to
+    // the other: there the barriers are rounded up to two tiles for each.
+    static constexpr int kFullBarriers = Config::kNarrow ? (kRing + 3) / 4 * 4 : kRing;
 
     enum Semaphore {
         kQFull = 0,
         kKvFull,                             // see full()
         kKvEmpty = kKvFull + kFullBarriers,  // + place
         kOutputStored = kKvEmpty + kRing,
-        kNumSemaphores,
+        kScratchFree,  // wide: the consumers have begun
+        kNumSemaphores = kScratchFree + (Config::kNarrow ? 0 : 1),
     };
 
     __device__ static int place(int half_tile) { return half_tile % kRing; }
@@ -79,12 +80,24 @@ struct PartialPages {
         return k < kRing ? page(2 * num_tiles + k) : k - kRing;
     }
 
+    // Is it the first half tile in its page? That page is the instruction before's to give.
+    __device__ static bool is_first_use(int half_tile) { return half_tile < kRing; }
+    // Waits until a half tile's place is free.
+    template <class State>
+    __device__ static bool wait_place(const State& state, int half_tile) {
+        if (is_first_use(half_tile)) return state.wait_page(page(half_tile));
+        return state.wait(kKvEmpty + place(half_tile), half_tile / kRing - 1);
+    }
+
     // For consumers: a half tile is there.
     template <class State>
     __device__ static void wait_half(const MlaGlobals& g, const State& state, int half_tile) {
         state.wait(full(half_tile), full_phase(half_tile));
-        // What lanes copied came through the generic proxy; the tensor cores read through the
-        // other one.
+        see_half(g);
+    }
+    // What lanes copied came through the generic proxy; the tensor cores read through the other
+    // one.
+    __device__ static void see_half(const MlaGlobals& g) {
         if (!Config::kWholeTileBoxes && g.kv_box_rows == 0) mk::ptx::fence_proxy_async_smem();
     }
 

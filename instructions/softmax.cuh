@@ -35,19 +35,13 @@ __device__ __forceinline__ float quad_sum(float x) {
 struct RowScale {
     float factor[2];
 
-    // For a scale found while products are in flight: its use may not be scheduled ahead of this
-    // point. (ptxas serialises all products when an accumulator changes among them.)
-    __device__ __forceinline__ void pin() {
-        asm volatile("" : "+f"(factor[0]), "+f"(factor[1])::"memory");
-    }
-
     __device__ __forceinline__ void apply(Accumulator& o) const {
         if (__all_sync(~0u, factor[0] == 1.f && factor[1] == 1.f)) return;
 #pragma unroll
         for (int tile = 0; tile < Accumulator::width; ++tile) {
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
-                float2& pair = o.tiles[0][tile].data[part];
+                float2& pair = o.tile(tile).data[part];
                 pair.x *= factor[part % 2];
                 pair.y *= factor[part % 2];
             }
@@ -115,32 +109,9 @@ struct RowState {
         return scale;
     }
 
-    // Takes over the maximum that the other warpgroup found.
-    __device__ __forceinline__ RowScale follow(const float* row_max) {
-        const int row = fragment_row();
-        const float to[2] = {row_max[row], row_max[row + 8]};
-        return move_max(to);
-    }
-
-    __device__ __forceinline__ void publish_max(float* row_max) const {
-        if (mk::ptx::thread_in_cta() % 4 != 0) return;
-        const int row = fragment_row();
-        row_max[row] = max[0];
-        row_max[row + 8] = max[1];
-    }
-
-    __device__ __forceinline__ void publish_sum(float* row_sum) {
-        const int row = fragment_row();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            sum[i] = quad_sum(sum[i]);
-            if (mk::ptx::thread_in_cta() % 4 == 0) row_sum[row + 8 * i] = sum[i];
-        }
-    }
-    __device__ __forceinline__ void add_sum(const float* row_sum) {
-        const int row = fragment_row();
-#pragma unroll
-        for (int i = 0; i < 2; ++i) sum[i] += row_sum[row + 8 * i];
+    // Sums of whole rows, in all threads that hold one.
+    __device__ __forceinline__ void sum_up() {
+        for (float& own : sum) own = quad_sum(own);
     }
 
     // What the output is multiplied with in the end; sinks are logits in base 2 that take their

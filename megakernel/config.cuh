@@ -15,18 +15,21 @@ inline constexpr int kOpcodeEndOfQueue = -1;
 inline constexpr int kHopperSmemBytes = 227 * 1024;  // most that one CTA may ask for
 inline constexpr int kHopperRegisters = 64 * 1024;
 
-// Warps of a CTA, in this order: consumers first, because warpgroup instructions
-// want warps aligned to four; then one control warpgroup, a warp per role.
-enum class Role : int { kConsumer = 0, kController, kLoader, kStorer, kLauncher };
+// Warps of a CTA, in this order: consumers and feeders first, because warpgroup instructions want
+// warps aligned to four; then one control warpgroup, a warp per role. Feeders are compute warps
+// too, with a share of registers of their own: they prepare what consumers need next. A program may
+// do without.
+enum class Role : int { kConsumer = 0, kController, kLoader, kStorer, kLauncher, kFeeder };
 
 struct DefaultConfig {
     static constexpr int kNumConsumerWarps = 8;
+    static constexpr int kNumFeederWarps = 0;
     static constexpr int kNumControlWarps = 4;
-    static constexpr int kNumThreads = (kNumConsumerWarps + kNumControlWarps) * kWarpThreads;
 
     // Registers per thread after setmaxnreg. At launch every thread has the same share.
     static constexpr int kLaunchRegisters = 168;
     static constexpr int kConsumerRegisters = 232;
+    static constexpr int kFeederRegisters = 0;
     static constexpr int kControlRegisters = 40;
 
     static constexpr int kNumSmemPages = 6;
@@ -49,13 +52,19 @@ struct WithTimings : Base {
 };
 
 template <class Config>
+constexpr int kNumThreads =
+    (Config::kNumConsumerWarps + Config::kNumFeederWarps + Config::kNumControlWarps) * kWarpThreads;
+
+template <class Config>
 constexpr bool check_register_budget() {
     constexpr int consumers = Config::kNumConsumerWarps * kWarpThreads;
+    constexpr int feeders = Config::kNumFeederWarps * kWarpThreads;
     constexpr int control = Config::kNumControlWarps * kWarpThreads;
-    static_assert(Config::kNumThreads * Config::kLaunchRegisters <= kHopperRegisters,
+    static_assert(kNumThreads<Config> * Config::kLaunchRegisters <= kHopperRegisters,
                   "registers at launch exceed the register file");
-    static_assert(consumers * Config::kConsumerRegisters + control * Config::kControlRegisters <=
-                      Config::kNumThreads * Config::kLaunchRegisters,
+    static_assert(consumers * Config::kConsumerRegisters + feeders * Config::kFeederRegisters +
+                          control * Config::kControlRegisters <=
+                      kNumThreads<Config> * Config::kLaunchRegisters,
                   "setmaxnreg can only hand out what the CTA was launched with");
     return true;
 }

@@ -125,7 +125,7 @@ void launch(const Globals& globals, int num_ctas, int device, cudaStream_t strea
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(num_ctas);
-    config.blockDim = dim3(Config::kNumThreads);
+    config.blockDim = dim3(kNumThreads<Config>);
     config.dynamicSmemBytes = kSmemBytes;
     config.stream = stream;
     config.attrs = &overlap;

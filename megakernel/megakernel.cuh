@@ -23,18 +23,24 @@ __device__ void init_control_block() {
     ptx::fence_mbar_init();
 }
 
+template <class Config>
+__device__ Role role_of_warp(int warp) {
+    if (warp < Config::kNumConsumerWarps) return Role::kConsumer;
+    warp -= Config::kNumConsumerWarps;
+    if (warp < Config::kNumFeederWarps) return Role::kFeeder;
+    return static_cast<Role>(warp - Config::kNumFeederWarps + 1);
+}
+
 // Globals: what the opcodes read. It has a `MegakernelArgs megakernel`, and a `prefetch()` that one
 // thread calls before anything else.
 template <class Config, class Ops, class Globals>
-__global__ void __launch_bounds__(Config::kNumThreads, 1)
+__global__ void __launch_bounds__(kNumThreads<Config>, 1)
     megakernel(const __grid_constant__ Globals globals) {
     static_assert(check_register_budget<Config>());
     const MegakernelArgs& args = globals.megakernel;
 
     const int warp = threadIdx.x / kWarpThreads;
-    const auto role = warp < Config::kNumConsumerWarps
-                          ? Role::kConsumer
-                          : static_cast<Role>(warp - Config::kNumConsumerWarps + 1);
+    const Role role = role_of_warp<Config>(warp);
     // Up to the wait nothing that an earlier kernel may have written is touched.
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
@@ -51,11 +57,17 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     __syncthreads();
 
     if (role == Role::kConsumer) {
-        ptx::raise_registers<Config::kConsumerRegisters>();
+        ptx::move_registers<Config::kLaunchRegisters, Config::kConsumerRegisters>();
         State<Config> state(args, role);
         run_role<Role::kConsumer, Config, Ops>(globals, state);
+    } else if (role == Role::kFeeder) {
+        if constexpr (Config::kNumFeederWarps > 0) {
+            ptx::move_registers<Config::kLaunchRegisters, Config::kFeederRegisters>();
+            State<Config> state(args, role);
+            run_role<Role::kFeeder, Config, Ops>(globals, state);
+        }
     } else {
-        ptx::lower_registers<Config::kControlRegisters>();
+        ptx::move_registers<Config::kLaunchRegisters, Config::kControlRegisters>();
         State<Config> state(args, role);
         if (role == Role::kController) {
             Controller<Config, Ops>::run(globals, state, first_word);

@@ -28,6 +28,7 @@ struct Noop {
         }
     };
     using Consumer = Idle;
+    using Feeder = Idle;
     using Storer = Idle;
     using Launcher = Idle;
 };

@@ -269,14 +269,27 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-template <int kRegisters>
-__device__ __forceinline__ void raise_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+// True for one lane of a converged warp: ptxas then knows that there is but one.
+__device__ __forceinline__ bool elect_lane() {
+    uint32_t elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred elected;\n"
+        "elect.sync _|elected, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, elected;\n"
+        "}\n"
+        : "=r"(elected));
+    return elected != 0;
 }
 
-template <int kRegisters>
-__device__ __forceinline__ void lower_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+// A warpgroup's registers per thread, from what the launch gave it on.
+template <int kFrom, int kTo>
+__device__ __forceinline__ void move_registers() {
+    if constexpr (kTo > kFrom) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kTo));
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kTo));
+    }
 }
 
 // Programmatic dependent launch. What the kernels before this one wrote may be read after the

@@ -33,8 +33,8 @@ struct CostModel {
     // The least time between two tiles of one SM, whatever the others do: a
     // 64-row tile of MMA and softmax. Fewer rows are padded to 64.
     double partial_tile_compute_us = 1.45;
-    // What every other SM that streams at the same time adds to that: loads take longer to come
-    // back from a busy memory system, long before its bandwidth is used up.
+    // What every other SM that streams something else at the same time adds to that: loads take
+    // longer to come back from a busy memory system, long before its bandwidth is used up.
     double partial_tile_contention_us = 0.0;
 
     // What a reduction costs besides its bytes, from its last flag seen to its result
@@ -50,13 +50,14 @@ struct CostModel {
     // Time per tile of one SM while `num_streams` SMs stream, and `kv_sharing` of them on the
     // mean (row groups of one sequence) read the same tile.
     double tile_us(int num_streams, double kv_sharing) const {
-        return stream_tile_us(num_streams, num_streams / kv_sharing);
+        return stream_tile_us(num_streams / kv_sharing);
     }
 
     // The same, told how many different tiles are read at a time.
-    double stream_tile_us(int num_streams, double num_different) const {
-        return std::max(partial_tile_compute_us + partial_tile_contention_us * (num_streams - 1),
-                        partial_tile_us * num_different);
+    double stream_tile_us(double num_different) const {
+        return std::max(
+            partial_tile_compute_us + partial_tile_contention_us * std::max(num_different - 1, 0.0),
+            partial_tile_us * num_different);
     }
 };
 

@@ -75,7 +75,8 @@ struct DevicePlanCost {
 // What follows from a problem, so that no thread divides.
 struct DevicePlanConstants {
     device_plan::Divisor workers;
-    uint32_t memory_1024;  // time per tile and stream, 1/1024 ns, with what row groups share
+    // Time per tile and stream, 1/1024 ns, with what row groups share.
+    uint32_t memory_1024, contention_1024;
     // Workers that run the row groups of a piece side by side are a gang.
     uint32_t gangs;
     device_plan::Divisor by_gangs;
@@ -119,7 +120,7 @@ struct DevicePlanProblem {
     }
     // Time per tile of a worker that works on `rows` rows while `streams` do.
     MLA_HOST_DEVICE uint32_t tile_ns([[maybe_unused]] uint32_t rows, uint32_t streams) const {
-        const uint64_t contention = uint64_t{cost.tile_contention_1024} * (streams - 1);
+        const uint64_t contention = uint64_t{constants.contention_1024} * (streams - 1);
         const uint64_t memory = uint64_t{constants.memory_1024} * streams;
         return device_plan::larger(cost.tile_compute + static_cast<uint32_t>(contention >> 10),
                                    static_cast<uint32_t>(memory >> 10));
@@ -171,7 +172,9 @@ inline DevicePlanProblem with_constants(const DevicePlanProblem& problem) {
     for (uint32_t d = 1; d <= kMaxRows; ++d) k.small[d] = device_plan::divisor(d);
     k.most_tiles = static_cast<uint32_t>(INT32_MAX / (int64_t{groups} * p.num_sequences()));
     k.workers = device_plan::divisor(workers);
-    k.memory_1024 = p.cost.tile_1024 / (p.uniform() ? groups : 1);
+    const uint32_t sharing = p.uniform() ? groups : 1;
+    k.memory_1024 = p.cost.tile_1024 / sharing;
+    k.contention_1024 = p.cost.tile_contention_1024 / sharing;
     k.gangs = device_plan::larger(1u, workers / groups);
     k.by_gangs = device_plan::divisor(k.gangs);
     const uint32_t tile = device_plan::larger(1u, p.tile_ns(p.most_group_rows(), workers));

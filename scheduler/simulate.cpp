@@ -120,7 +120,7 @@ class Simulation {
     // Handles the next event; false when there is none. Progress is counted in tiles that
     // every streaming partial has advanced, so that a change of rate moves no event.
     bool advance() {
-        const double tile_us = cost_.stream_tile_us(num_streams_, num_different_streams_);
+        const double tile_us = cost_.stream_tile_us(num_different_streams_);
         const double stream_end_us =
             streaming_.empty() ? kNever
                                : now_ + std::max(0.0, streaming_.next_at() - tiles_done_) * tile_us;

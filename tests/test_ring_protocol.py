@@ -1,16 +1,17 @@
-"""How a narrow partial's loader and its warpgroups share a ring of pages: a model, all of whose
+"""How a partial's loaders and its compute warpgroups share a ring of pages: models, all of whose
 states are visited.
 
 The hardware lets a thread wait for the parity of a barrier's phase, not for its number, and copies
 may land in any order. A protocol that forgets either goes wrong once in some ten thousand launches,
 so it is checked here and not by running it. The rules are those of
-``instructions/partial_work.cuh``.
+``instructions/partial_work.cuh``, ``mla_partial.cuh`` and the two kinds of consumers.
 """
 
 from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-RING = 5  # pages
-GROUPS = 2  # warpgroups, which take tiles in turns
+NARROW_RING, WIDE_RING = 5, 4  # pages
+GROUPS = 2  # of a narrow partial: warpgroups that take tiles in turns
+LOADER, LAUNCHER = 0, 1
 
 
 class ProtocolError(Exception):
@@ -28,14 +30,13 @@ class ProtocolError(Exception):
 
 @dataclass(frozen=True)
 class State:
-    """Half tiles that were asked for, those in flight, phases that have ended, and each
-    warpgroup's next half tile."""
+    """Where everybody is, in half tiles or in steps of its own, and what barriers count."""
 
-    issued: int
+    loaders: tuple[int, ...]  # next half tile to wait for
     in_flight: frozenset[int]
-    full: tuple[int, ...]
+    full: tuple[int, ...]  # phases that have ended
     empty: tuple[int, ...]
-    groups: tuple[int, ...]
+    readers: tuple[int, ...]
 
 
 def is_over(phases_ended: int, phase: int) -> bool:
@@ -43,34 +44,62 @@ def is_over(phases_ended: int, phase: int) -> bool:
     return phases_ended % 2 != phase % 2
 
 
-def bumped(counts: tuple[int, ...], index: int) -> tuple[int, ...]:
-    return (*counts[:index], counts[index] + 1, *counts[index + 1 :])
+def bumped(counts: tuple[int, ...], index: int, by: int = 1) -> tuple[int, ...]:
+    return (*counts[:index], counts[index] + by, *counts[index + 1 :])
 
 
 @dataclass(frozen=True)
 class Ring:
-    """``tiles`` tiles, two halves each, through ``places`` pages; ``barriers`` tell of arrivals."""
+    """``tiles`` tiles, two halves each, through ``places`` pages; ``barriers`` tell of arrivals.
+
+    ``helped``: a second warp fills every other place again.
+    """
 
     tiles: int
     places: int
     barriers: int
+    helped: bool = False
 
     def start(self) -> State:
-        first = tuple(2 * group for group in range(GROUPS))
-        return State(0, frozenset(), (0,) * self.barriers, (0,) * self.places, first)
+        return State(
+            (0,) * (2 if self.helped else 1),
+            frozenset(),
+            (0,) * self.barriers,
+            (0,) * self.places,
+            self.first_readers(),
+        )
+
+    def first_readers(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def reads(self, s: State) -> list[State]:
+        raise NotImplementedError
+
+    def is_done(self, s: State) -> bool:
+        raise NotImplementedError
+
+    def loader_of(self, half: int) -> int:
+        is_launchers = half % self.places % 2 == 1 and half >= self.places
+        return LAUNCHER if self.helped and is_launchers else LOADER
 
     def loads(self, s: State) -> list[State]:
-        half, place = s.issued, s.issued % self.places
-        if half == 2 * self.tiles:
-            return []
-        earlier = half // self.places - 1
-        if earlier >= 0 and not is_over(s.empty[place], earlier):
-            return []
-        if earlier >= s.empty[place]:
-            raise ProtocolError(f"half tile {half} overwrites one that is read")
-        if s.full[half % self.barriers] != half // self.barriers:
-            raise ProtocolError(f"half tile {half} counts in an unfinished phase")
-        return [replace(s, issued=half + 1, in_flight=s.in_flight | {half})]
+        after = []
+        for loader, half in enumerate(s.loaders):
+            if half == 2 * self.tiles:
+                continue
+            place, earlier = half % self.places, half // self.places - 1
+            step = replace(s, loaders=bumped(s.loaders, loader))
+            if self.loader_of(half) != loader:
+                after.append(step)
+                continue
+            if earlier >= 0 and not is_over(s.empty[place], earlier):
+                continue
+            if earlier >= s.empty[place]:
+                raise ProtocolError(f"half tile {half} overwrites one that is read")
+            if s.full[half % self.barriers] != half // self.barriers:
+                raise ProtocolError(f"half tile {half} counts in an unfinished phase")
+            after.append(replace(step, in_flight=s.in_flight | {half}))
+        return after
 
     def landings(self, s: State) -> list[State]:
         return [
@@ -78,25 +107,18 @@ class Ring:
             for half in s.in_flight
         ]
 
-    def reads(self, s: State) -> list[State]:
-        """A warpgroup goes through both halves of its tile, then lets go of both."""
-        after = []
-        for group, half in enumerate(s.groups):
-            if half >= 2 * self.tiles or not is_over(
-                s.full[half % self.barriers], half // self.barriers
-            ):
-                continue
-            if half >= s.issued or half in s.in_flight:
-                raise ProtocolError(f"half tile {half} is read before it is there")
-            is_last = half % 2 == 1
-            empty = s.empty
-            for released in (half - 1, half) if is_last else ():
-                if released + self.places < 2 * self.tiles:
-                    empty = bumped(empty, released % self.places)
-            step = 2 * GROUPS - 1 if is_last else 1
-            groups = (*s.groups[:group], half + step, *s.groups[group + 1 :])
-            after.append(replace(s, empty=empty, groups=groups))
-        return after
+    def sees(self, s: State, half: int) -> bool:
+        """Does a reader's wait for a half tile end? It had better be there then."""
+        if not is_over(s.full[half % self.barriers], half // self.barriers):
+            return False
+        if half >= s.loaders[self.loader_of(half)] or half in s.in_flight:
+            raise ProtocolError(f"half tile {half} is read before it is there")
+        return True
+
+    def released(self, empty: tuple[int, ...], half: int) -> tuple[int, ...]:
+        if half + self.places >= 2 * self.tiles:
+            return empty
+        return bumped(empty, half % self.places)
 
     def visit_all(self) -> int:
         """Return the number of states, all of them sound; raises ProtocolError."""
@@ -105,7 +127,7 @@ class Ring:
         while todo:
             state = todo.popleft()
             after = self.loads(state) + self.landings(state) + self.reads(state)
-            if not after and min(state.groups) < 2 * self.tiles:
+            if not after and not self.is_done(state):
                 raise ProtocolError("nobody can go on")
             for new in after:
                 if new not in seen:
@@ -114,32 +136,121 @@ class Ring:
         return len(seen)
 
 
-def full_barriers(ring: int) -> int:
-    """As PartialPages::kFullBarriers."""
+class NarrowRing(Ring):
+    """Warpgroups take tiles in turns; ``readers`` are their next half tiles."""
+
+    def first_readers(self) -> tuple[int, ...]:
+        return tuple(2 * group for group in range(GROUPS))
+
+    def is_done(self, s: State) -> bool:
+        return min(s.readers) >= 2 * self.tiles
+
+    def reads(self, s: State) -> list[State]:
+        """A warpgroup goes through both halves of its tile, then lets go of both."""
+        after = []
+        for group, half in enumerate(s.readers):
+            if half >= 2 * self.tiles or not self.sees(s, half):
+                continue
+            is_last = half % 2 == 1
+            empty = s.empty
+            for each in (half - 1, half) if is_last else ():
+                empty = self.released(empty, each)
+            step = 2 * GROUPS - 1 if is_last else 1
+            after.append(replace(s, empty=empty, readers=bumped(s.readers, group, step)))
+        return after
+
+
+class WideRing(Ring):
+    """The scorers see every half tile and hand P, tile by tile, to the left and the right
+    consumers, who let go of a half each.
+
+    ``readers`` are the half tiles that the scorers have seen, the P that they have handed over, and
+    for each consumer the tiles that it has accumulated. Before the last tile a consumer waits for
+    its half of it, to clear what the request does not have: one step more.
+    """
+
+    def first_readers(self) -> tuple[int, ...]:
+        return (0, 0, 0, 0)
+
+    def is_done(self, s: State) -> bool:
+        return min(s.readers[2:]) == self.tiles + 1
+
+    def reads(self, s: State) -> list[State]:
+        return self.scores(s) + self.hand_overs(s) + self.accumulations(s)
+
+    def scores(self, s: State) -> list[State]:
+        half, handed_over = s.readers[:2]
+        if half == 2 * self.tiles or half // 2 > handed_over or not self.sees(s, half):
+            return []
+        return [replace(s, readers=bumped(s.readers, 0))]
+
+    def hand_overs(self, s: State) -> list[State]:
+        """There is one P: both consumers have read the last one."""
+        half, handed_over, left, right = s.readers
+        if handed_over == half // 2 or min(left, right) < handed_over:
+            return []
+        return [replace(s, readers=bumped(s.readers, 1))]
+
+    def accumulations(self, s: State) -> list[State]:
+        after = []
+        for half, done in enumerate(s.readers[2:]):
+            reader = 2 + half
+            if done == self.tiles - 1:  # clears
+                if self.sees(s, 2 * done + half):
+                    after.append(replace(s, readers=bumped(s.readers, reader)))
+                continue
+            tile = min(done, self.tiles - 1)
+            if done > self.tiles or s.readers[1] <= tile:
+                continue
+            empty = self.released(s.empty, 2 * tile + half)
+            after.append(replace(s, empty=empty, readers=bumped(s.readers, reader)))
+        return after
+
+
+def narrow_barriers(ring: int) -> int:
+    """As PartialPages::kFullBarriers of a narrow kernel."""
     return (ring + 3) // 4 * 4
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5, 9, 16, 21])
-def test_every_half_tile_is_there_when_it_is_read(tiles: int) -> None:
-    assert Ring(tiles, RING, full_barriers(RING)).visit_all() > 2 * tiles
+TILES = [1, 2, 3, 4, 5, 9, 16]
+
+
+@pytest.mark.parametrize("helped", [False, True])
+@pytest.mark.parametrize("tiles", TILES)
+def test_every_half_tile_is_there_when_a_narrow_kernel_reads_it(tiles: int, helped: bool) -> None:
+    ring = NarrowRing(tiles, NARROW_RING, narrow_barriers(NARROW_RING), helped)
+    assert ring.visit_all() > 2 * tiles
+
+
+@pytest.mark.parametrize("helped", [False, True])
+@pytest.mark.parametrize("tiles", TILES)
+def test_every_half_tile_is_there_when_a_wide_kernel_reads_it(tiles: int, helped: bool) -> None:
+    assert WideRing(tiles, WIDE_RING, WIDE_RING, helped).visit_all() > 2 * tiles
 
 
 @pytest.mark.parametrize("tiles", [5, 9, 16])
-def test_one_barrier_per_place_would_not_do(tiles: int) -> None:
+def test_one_barrier_per_place_would_not_do_in_a_narrow_kernel(tiles: int) -> None:
     with pytest.raises(ProtocolError, match="is read before it is there"):
-        Ring(tiles, RING, RING).visit_all()
+        NarrowRing(tiles, NARROW_RING, NARROW_RING).visit_all()
 
 
-def test_fewer_barriers_than_places_would_not_do() -> None:
-    with pytest.raises(ProtocolError, match="unfinished phase"):
-        Ring(9, RING, 4).visit_all()
+@pytest.mark.parametrize(
+    ("ring", "message"),
+    [
+        (lambda: NarrowRing(9, NARROW_RING, 4), "unfinished phase"),
+        (lambda: WideRing(9, WIDE_RING, 3), "unfinished phase|nobody can go on"),
+    ],
+)
+def test_fewer_barriers_than_places_would_not_do(ring: Callable[[], Ring], message: str) -> None:
+    with pytest.raises(ProtocolError, match=message):
+        ring().visit_all()
 
 
-def test_the_kernel_has_the_ring_of_the_model() -> None:
+def test_the_kernel_has_the_rings_of_the_models() -> None:
     source = (ROOT / "instructions" / "partial_work.cuh").read_text(encoding="utf-8")
     config = (ROOT / "megakernel" / "config.cuh").read_text(encoding="utf-8")
     pages = int(re.findall(r"kNumSmemPages = (\d+);", config)[0])
     assert "kQPages = Config::kNarrow ? 1 : 2;" in source
-    assert pages - 1 == RING
-    assert "kFullBarriers = (kRing + 3) / 4 * 4;" in source
+    assert (pages - 1, pages - 2) == (NARROW_RING, WIDE_RING)
+    assert "kFullBarriers = Config::kNarrow ? (kRing + 3) / 4 * 4 : kRing;" in source
     assert "kKvFull + half_tile % kFullBarriers" in source
