@@ -28,7 +28,7 @@ struct MlaReduction {
     static constexpr int kTeams = kConsumerThreads / kTeamThreads;
     // Inputs that a thread asks for before it needs the first: what hides L2's latency. With few
     // inputs, those of several chunks.
-    static constexpr int kInFlight = 16;
+    static constexpr int kInFlight = Config::kConsumerRegisters < 176 ? 16 : 20;
 
     enum Semaphore {
         kInputsVisible = 0,  // the inputs' flags are up

@@ -80,9 +80,7 @@ struct NarrowConsumer {
                 clear_past_length(state, tile);
             }
             absorb(g, state, s, o, rows);
-            add_products(state, o, tile);
-            Pages::release_half(state, 2 * tile, num_tiles);
-            Pages::release_half(state, 2 * tile + 1, num_tiles);
+            add_products(state, o, tile, num_tiles);
         }
     }
 
@@ -99,10 +97,12 @@ struct NarrowConsumer {
     __device__ static void score(
         const MlaGlobals& g, const State& state, NarrowScores& s, const NarrowQ& q, int tile) {
         const int left = 2 * tile, right = left + 1;
+        const uint32_t k_left = page_address(state, Pages::page(left));
+        const uint32_t k_right = page_address(state, Pages::page(right));
         Pages::wait_half(g, state, left);
-        multiply_scores<Element, true>(s, q, page_address(state, Pages::page(left)));
+        multiply_scores<Element, true>(s, q, k_left);
         Pages::wait_half(g, state, right);
-        multiply_scores<Element, false>(s, q, page_address(state, Pages::page(right)));
+        multiply_scores<Element, false>(s, q, k_right);
         kittens::warpgroup::mma_commit_group();
         kittens::warpgroup::mma_async_wait();
     }
@@ -133,13 +133,21 @@ struct NarrowConsumer {
         sync_warpgroup();
     }
 
-    __device__ static void add_products(const State& state, NarrowOutput& o, int tile) {
+    __device__ static void add_products(const State& state,
+                                        NarrowOutput& o,
+                                        int tile,
+                                        int num_tiles) {
         const NarrowPTile<Element>& p = scratch(state).p[group()];
         const int own = 2 * tile + group(), other = 2 * tile + (1 - group());
         accumulate<Element, 0>(o, p, page_address(state, Pages::page(own)));
         accumulate<Element, kHalfBlocks>(o, p, page_address(state, Pages::page(other)));
         kittens::warpgroup::mma_commit_group();
+        const uint32_t emptied[2] = {Pages::emptied(state, 2 * tile, num_tiles),
+                                     Pages::emptied(state, 2 * tile + 1, num_tiles)};
+        const bool first_lane = mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
         kittens::warpgroup::mma_async_wait();
+        if (!first_lane) return;
+        for (const uint32_t mbar : emptied) mk::ptx::mbar_arrive(mbar);
     }
 
     // ---- the end --------------------------------------------------------------------

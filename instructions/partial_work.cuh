@@ -101,16 +101,12 @@ struct PartialPages {
         if (!Config::kWholeTileBoxes && g.kv_box_rows == 0) mk::ptx::fence_proxy_async_smem();
     }
 
-    // For the warps of one warpgroup: it has been read, and its page goes to a later half tile or
-    // to the next instruction.
+    // The mbarrier on which the warps of one warpgroup arrive, a lane of each, when they have read
+    // a half tile: its page goes to a later one or to the next instruction.
     template <class State>
-    __device__ static void release_half(const State& state, int half_tile, int num_tiles) {
-        if (mk::ptx::thread_in_cta() % mk::kWarpThreads != 0) return;
-        if (half_tile + kRing < 2 * num_tiles) {
-            state.arrive(kKvEmpty + place(half_tile));
-        } else {
-            state.release_page(page(half_tile), 1);
-        }
+    __device__ static uint32_t emptied(const State& state, int half_tile, int num_tiles) {
+        return half_tile + kRing < 2 * num_tiles ? state.semaphore(kKvEmpty + place(half_tile))
+                                                 : state.page_free(page(half_tile));
     }
 };
 

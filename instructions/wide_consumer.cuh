@@ -20,7 +20,7 @@ class WideConsumer {
         Accumulator o;
         for (auto& part : o.part) kittens::zero(part);
         accumulate_tiles(g, state, o);
-        const RowScale inverse = scale_of(Exchange::of(state).inverse);
+        const RowScale inverse = scale_of(Exchange::of(state).inverse, fragment_row());
         store(g, state, o, inverse);
         mk::ptx::fence_proxy_async_smem();
         __syncwarp();
@@ -39,8 +39,8 @@ class WideConsumer {
     __device__ static uint32_t half_page(const State& state, int tile) {
         return mk::ptx::smem_address(state.page(Pages::page(2 * tile + half())));
     }
-    __device__ static RowScale scale_of(const float* of_row) {
-        return {of_row[fragment_row()], of_row[fragment_row() + 8]};
+    __device__ static RowScale scale_of(const float* of_row, int row) {
+        return {of_row[row], of_row[row + 8]};
     }
 
     __device__ static void accumulate_tiles(const MlaGlobals& g,
@@ -49,15 +49,19 @@ class WideConsumer {
         const Exchange& exchange = Exchange::of(state);
         const POperand p(mk::ptx::smem_address(&exchange.p));
         const int num_tiles = PartialWork::num_tiles_of(state.words());
+        const int row = fragment_row();
         for (int tile = 0;; ++tile) {
+            // What can be known before a wait is: what comes after is on the way of every tile.
             const VOperand v(half_page(state, tile));
+            const uint32_t emptied = Pages::emptied(state, 2 * tile + half(), num_tiles);
+            const bool first_lane = is_first_lane();
             clear_past_length(g, state, tile);
             barrier_sync(NamedBarrier::kPReady, kWideThreads);
             Pages::see_half(g);
-            scale_of(exchange.scale).apply(o);
+            scale_of(exchange.scale, row).apply(o);
             accumulate<Element>(o, p, v);
             kittens::warpgroup::mma_async_wait();
-            Pages::release_half(state, 2 * tile + half(), num_tiles);
+            if (first_lane) mk::ptx::mbar_arrive(emptied);
             if (tile + 1 == num_tiles) break;
             barrier_arrive(NamedBarrier::kPFree, kWideThreads);
         }

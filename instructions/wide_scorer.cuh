@@ -28,6 +28,7 @@ class WideScorer {
     int num_tiles;
     int plain_tiles;  // leading tiles that every row sees in full
     int visible[2];   // positions that this thread's rows see, from the start on
+    const int row = fragment_row();
     const HalfQ q_left, q_right;
     RowState rows;
 
@@ -36,8 +37,7 @@ class WideScorer {
         const PartialWork work(g, state.words());
         num_tiles = work.num_tiles;
         plain_tiles = work.num_plain_tiles(g);
-        for (int i = 0; i < 2; ++i)
-            visible[i] = work.visible(g, fragment_row() + 8 * i) - work.start;
+        for (int i = 0; i < 2; ++i) visible[i] = work.visible(g, row + 8 * i) - work.start;
     }
 
     __device__ uint32_t page(int logical) const {
@@ -86,10 +86,10 @@ class WideScorer {
         mk::ptx::fence_proxy_async_smem();
     }
 
-    __device__ static void publish_rows(float* to, const RowScale& scale) {
-        if (mk::ptx::thread_in_cta() % 4 != 0) return;
-        to[fragment_row()] = scale.factor[0];
-        to[fragment_row() + 8] = scale.factor[1];
+    // All four threads of a quad write the same.
+    __device__ void publish_rows(float* to, const RowScale& scale) const {
+        to[row] = scale.factor[0];
+        to[row + 8] = scale.factor[1];
     }
 
     // While the last tile is being accumulated.

@@ -34,16 +34,17 @@ class State {
     // every page of every instruction, in queue order, and nobody else does. A role that needs to
     // know is told through a semaphore.
     __device__ bool wait_page(int logical) const {
-        return wait_local(ptx::smem_address(&control().page_free[physical_page(logical)]),
-                          (index_ + 1) & 1,
-                          WaitKind::kPage,
-                          logical);
+        return wait_local(page_free(logical), (index_ + 1) & 1, WaitKind::kPage, logical);
     }
 
     // Hands a page to the next instruction. Every page of every instruction must be released by
     // kPageReleaseArrivals arrivals; call from one lane.
     __device__ void release_page(int logical, int arrivals) const {
-        ptx::mbar_arrive(ptx::smem_address(&control().page_free[physical_page(logical)]), arrivals);
+        ptx::mbar_arrive(page_free(logical), arrivals);
+    }
+    // The mbarrier on which to arrive for that.
+    __device__ uint32_t page_free(int logical) const {
+        return ptx::smem_address(&control().page_free[physical_page(logical)]);
     }
 
     // Releases the pages [first, kNumSmemPages) that this instruction has no use for, as they
@@ -145,11 +146,17 @@ class State {
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
     __device__ const Watchdog<Config>& watchdog() const { return watchdog_; }
 
+    // Between two looks at the clock and at the others' failures a wait asks many times: those
+    // looks would only keep it from seeing at once that it is over.
     __device__ bool wait_local(uint32_t mbar, uint32_t parity, WaitKind kind, int index) const {
-        if (ptx::mbar_try_wait(mbar, parity)) [[likely]]
-            return true;
-        const uint32_t start = coarse_time();
-        while (!ptx::mbar_try_wait(mbar, parity)) {
+        constexpr int kTries = 32;
+        for (uint32_t start = 0;;) {
+#pragma unroll 1
+            for (int i = 0; i < kTries; ++i) {
+                if (ptx::mbar_try_wait(mbar, parity)) [[likely]]
+                    return true;
+            }
+            if (start == 0) start = coarse_time();
             if (watchdog_.expired(start,
                                   slot(),
                                   kind,
@@ -159,7 +166,6 @@ class State {
                 return false;
             }
         }
-        return true;
     }
 
   private:
