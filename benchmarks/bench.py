@@ -36,11 +36,13 @@ HEADER = (
 
 
 def commit() -> str:
-    """Return the checked-out commit; outside a git checkout COMMIT's value, or "unknown"."""
+    """Return COMMIT's value, for copies without their history; else the checked-out commit."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     answer = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    return answer.stdout.strip() if answer.returncode == 0 else os.environ.get("COMMIT", "unknown")
+    return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
 def speedups(rows: list[Row]) -> str:

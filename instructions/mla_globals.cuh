@@ -189,7 +189,7 @@ __device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::half) {
 
 // Named barriers (bar.sync ids; 0 is __syncthreads). Named for what is true after the wait.
 enum class NamedBarrier : int {
-    kWarpgroupSynced = 1,  // + Half: the 128 threads of one warpgroup
+    kWarpgroupSynced = 1,  // + warpgroup: its 128 threads
     kConsumersSynced = 3,
     // Between the scorers and the consumers of a wide partial.
     kPReady = 4,     // a tile's P, and what it does to the output so far, are in scratch
@@ -205,10 +205,13 @@ __device__ __forceinline__ void barrier_sync(NamedBarrier barrier, int threads) 
 __device__ __forceinline__ void barrier_arrive(NamedBarrier barrier, int threads) {
     mk::ptx::named_barrier_arrive(static_cast<int>(barrier), threads);
 }
-template <Half kHalf>
-__device__ __forceinline__ void warpgroup_sync() {
-    mk::ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kWarpgroupSynced) + kHalf,
-                                kWarpgroupThreads);
+// The barrier of one of the consumers' warpgroups.
+__device__ __forceinline__ int warpgroup_barrier(int warpgroup) {
+    return static_cast<int>(NamedBarrier::kWarpgroupSynced) + warpgroup;
+}
+
+__device__ __forceinline__ bool is_first_lane() {
+    return mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
 }
 
 }  // namespace mla

@@ -2,8 +2,10 @@
 // positions, in tiles of 64.
 //
 //     loader     Q once, then KV tiles into a ring of pages, each as a left and a right half
-//     consumers  two warpgroups, see wide_consumer.cuh (up to 64 rows) and narrow_consumer.cuh (up
-//                to 32)
+//     consumers  two warpgroups; where rows are few (up to 32), see narrow_consumer.cuh. Where they
+//                are more (up to 64) they accumulate what
+//     feeders    score, see wide_exchange.cuh
+//     launcher   half of the copies, where they are row by row
 //     storer     raises the flag of the scratch slot that the consumers have written
 #pragma once
 

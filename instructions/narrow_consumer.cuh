@@ -52,11 +52,8 @@ struct NarrowConsumer {
     __device__ static int group() {
         return __shfl_sync(~0u, mk::ptx::thread_in_cta() / kWarpgroupThreads, 0);
     }
-    __device__ static int barrier_id() {
-        return static_cast<int>(NamedBarrier::kWarpgroupSynced) + group();
-    }
     __device__ static void sync_warpgroup() {
-        mk::ptx::named_barrier_sync(barrier_id(), kWarpgroupThreads);
+        mk::ptx::named_barrier_sync(warpgroup_barrier(group()), kWarpgroupThreads);
     }
 
     // ---- the tiles ------------------------------------------------------------------
@@ -125,7 +122,7 @@ struct NarrowConsumer {
                                   NarrowState& rows) {
         Scratch& shared = scratch(state);
         const bool exceeded = rows.is_exceeded(s, g.scale_log2);
-        if (mk::ptx::named_barrier_any(barrier_id(), kWarpgroupThreads, exceeded)) {
+        if (mk::ptx::named_barrier_any(warpgroup_barrier(group()), kWarpgroupThreads, exceeded)) {
             rows.raise_max(s, o, g.scale_log2, shared.exchange[group()], [] { sync_warpgroup(); });
         }
         rows.weigh(s, shared.p[group()], g.scale_log2);
@@ -144,9 +141,9 @@ struct NarrowConsumer {
         kittens::warpgroup::mma_commit_group();
         const uint32_t emptied[2] = {Pages::emptied(state, 2 * tile, num_tiles),
                                      Pages::emptied(state, 2 * tile + 1, num_tiles)};
-        const bool first_lane = mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
+        const bool arrives = is_first_lane();
         kittens::warpgroup::mma_async_wait();
-        if (!first_lane) return;
+        if (!arrives) return;
         for (const uint32_t mbar : emptied) mk::ptx::mbar_arrive(mbar);
     }
 
@@ -175,7 +172,7 @@ struct NarrowConsumer {
 
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        const bool first_lane = mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
+        const bool first_lane = is_first_lane();
         if (group() == 0 && first_lane) state.release_page(kQPage, 1);
         if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
         if (first_lane) state.arrive(Pages::kOutputStored);

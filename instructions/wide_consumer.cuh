@@ -30,9 +30,6 @@ class WideConsumer {
     }
 
   private:
-    __device__ static bool is_first_lane() {
-        return mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
-    }
     // Which half of the latent columns.
     __device__ static int half() { return mk::ptx::thread_in_cta() / kWarpgroupThreads; }
     // Shared-memory address of this warpgroup's half of a tile.
@@ -54,19 +51,20 @@ class WideConsumer {
             // What can be known before a wait is: what comes after is on the way of every tile.
             const VOperand v(half_page(state, tile));
             const uint32_t emptied = Pages::emptied(state, 2 * tile + half(), num_tiles);
-            const bool first_lane = is_first_lane();
+            const bool arrives = is_first_lane();
             clear_past_length(g, state, tile);
             barrier_sync(NamedBarrier::kPReady, kWideThreads);
             Pages::see_half(g);
             scale_of(exchange.scale, row).apply(o);
             accumulate<Element>(o, p, v);
             kittens::warpgroup::mma_async_wait();
-            if (first_lane) mk::ptx::mbar_arrive(emptied);
+            if (arrives) mk::ptx::mbar_arrive(emptied);
             if (tile + 1 == num_tiles) break;
             barrier_arrive(NamedBarrier::kPFree, kWideThreads);
         }
         barrier_sync(NamedBarrier::kSumsReady, kWideThreads);
     }
+
     // V rows past the request's length meet P = 0, but NaN * 0 is NaN: they become 0.
     __device__ static void clear_past_length(const MlaGlobals& g, const State& state, int tile) {
         const int valid =
@@ -76,8 +74,7 @@ class WideConsumer {
         Pages::wait_half(g, state, 2 * tile + half());
         clear_rows(half_page(state, tile), valid);
         mk::ptx::fence_proxy_async_smem();
-        mk::ptx::named_barrier_sync(static_cast<int>(NamedBarrier::kWarpgroupSynced) + half(),
-                                    kWarpgroupThreads);
+        mk::ptx::named_barrier_sync(warpgroup_barrier(half()), kWarpgroupThreads);
     }
 
     // By way of Q's pages: nothing reads Q after the scores of the last tile.

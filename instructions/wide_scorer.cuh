@@ -26,9 +26,9 @@ class WideScorer {
     const MlaGlobals& g;
     State& state;
     int num_tiles;
-    int plain_tiles;  // leading tiles that every row sees in full
-    int visible[2];   // positions that this thread's rows see, from the start on
-    const int row = fragment_row();
+    int plain_tiles;                 // leading tiles that every row sees in full
+    int visible[2];                  // positions that this thread's rows see, from the start on
+    const int row = fragment_row();  // and the one eight below
     const HalfQ q_left, q_right;
     RowState rows;
 
@@ -107,8 +107,7 @@ class WideScorer {
         float sink_log2[2] = {-INFINITY, -INFINITY};
         if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
             for (int i = 0; i < 2; ++i) {
-                const int row = min(fragment_row() + 8 * i, work.num_rows - 1);
-                const int flat = work.flat_row(g, row);
+                const int flat = work.flat_row(g, min(row + 8 * i, work.num_rows - 1));
                 sink_log2[i] = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
             }
         }
@@ -119,21 +118,18 @@ class WideScorer {
         if (mk::ptx::thread_in_cta() % 4 != 0) return;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int row = fragment_row() + 8 * i;
-            if (row >= work.num_rows) continue;
+            const int own = row + 8 * i;
+            if (own >= work.num_rows) continue;
             const float lse_log2 = rows.lse_log2(i);
             if (writes_scratch(work.dst_batch)) {
-                g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), row)] = lse_log2;
+                g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), own)] = lse_log2;
             } else {
-                const int flat = work.flat_row(g, row);
+                const int flat = work.flat_row(g, own);
                 g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
             }
         }
     }
 
-    __device__ static bool is_first_lane() {
-        return mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
-    }
     __device__ static bool is_first_thread() {
         return mk::ptx::thread_in_cta() == Config::kNumConsumerWarps * mk::kWarpThreads;
     }

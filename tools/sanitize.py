@@ -32,7 +32,7 @@ BATCHES = (
 # hand-over; each pair below is ordered by the barrier that is named.
 RING_SLOT = "a ring slot is rebuilt after every warp has arrived at `retired`"
 PAGE = "a page changes hands through `page_free`, after its last reader and writer arrived"
-ROW_SUM = "the warpgroups meet at kConsumersSynced, and at kEvenPReady before the next sums"
+HAND_OVER = "scorers and consumers take turns by kPReady, kPFree and kSumsReady"
 EXPLAINED = {
     frozenset({"decode", "word"}): RING_SLOT,
     frozenset({"decode", "physical_page"}): RING_SLOT,
@@ -50,7 +50,7 @@ EXPLAINED = {
     frozenset({"clear_rows", "stage_fp32"}): PAGE,
     frozenset({"clear_rows", "stage_bf16"}): PAGE,
     frozenset({"clear_rows", "load_smem_float4"}): PAGE,
-    frozenset({"publish_sum", "add_sum"}): ROW_SUM,
+    frozenset({"publish_rows", "scale_of"}): HAND_OVER,
 }
 
 
