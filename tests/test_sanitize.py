@@ -5,23 +5,24 @@ from __future__ import annotations
 from tools import sanitize
 
 EXPLAINED_RACE = """\
-========= Error: Race reported between Write access at mk::ptx::bulk_load(unsigned int, \
-const void *, unsigned int, unsigned int)+0x1fc0 in ptx.cuh:94
-=========     and Write access at mla::stage_fp32(const kittens::rt<float, (int)16, (int)256, \
-kittens::ducks::rt_layout::row> &, int)+0x22310 in staging.cuh:69 [74 hazards]
+========= Error: Race reported between Write access at mla::WideScorer<mla::MlaConfig<\
+__nv_bfloat16, (bool)1, (bool)0>>::publish_rows(float *, const mla::RowScale &)+0x1fc0 in \
+wide_scorer.cuh:94
+=========     and Read access at mla::WideConsumer<mla::MlaConfig<__nv_bfloat16, (bool)1, \
+(bool)0>>::scale_of(const float *, int)+0x22310 in wide_consumer.cuh:41 [74 hazards]
 """
 
 
 def test_a_hand_over_that_is_explained_is_counted() -> None:
     counts, others = sanitize.unexplained(EXPLAINED_RACE)
-    assert counts == {sanitize.PAGE: 1}
+    assert counts == {sanitize.HAND_OVER: 1}
     assert others == []
 
 
 def test_any_other_pair_is_listed() -> None:
-    _, others = sanitize.unexplained(EXPLAINED_RACE.replace("stage_fp32", "absorb"))
+    _, others = sanitize.unexplained(EXPLAINED_RACE.replace("scale_of", "absorb"))
     assert len(others) == 1
-    assert "bulk_load / absorb" in others[0]
+    assert "publish_rows / absorb" in others[0]
 
 
 def test_an_error_that_is_no_race_is_listed() -> None:

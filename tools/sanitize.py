@@ -32,6 +32,7 @@ BATCHES = (
 # hand-over; each pair below is ordered by the barrier that is named.
 RING_SLOT = "a ring slot is rebuilt after every warp has arrived at `retired`"
 PAGE = "a page changes hands through `page_free`, after its last reader and writer arrived"
+NARROW_END = "kConsumersSynced between warpgroups, the warpgroup's own barrier within one"
 HAND_OVER = "scorers and consumers take turns by kPReady, kPFree and kSumsReady"
 EXPLAINED = {
     frozenset({"decode", "word"}): RING_SLOT,
@@ -43,14 +44,10 @@ EXPLAINED = {
     frozenset({"mbar_invalidate", "mbar_arrive"}): RING_SLOT,
     frozenset({"mbar_invalidate", "mbar_arrive_expect_tx"}): RING_SLOT,
     frozenset({"mbar_invalidate", "mbar_try_wait"}): RING_SLOT,
-    frozenset({"bulk_load", "load_smem_float4"}): PAGE,
-    frozenset({"bulk_load", "stage_fp32"}): PAGE,
-    frozenset({"bulk_load", "stage_bf16"}): PAGE,
-    frozenset({"bulk_load", "clear_rows"}): PAGE,
-    frozenset({"clear_rows", "stage_fp32"}): PAGE,
-    frozenset({"clear_rows", "stage_bf16"}): PAGE,
     frozenset({"clear_rows", "load_smem_float4"}): PAGE,
     frozenset({"publish_rows", "scale_of"}): HAND_OVER,
+    frozenset({"store_smem_float", "load_smem_float4"}): NARROW_END,
+    frozenset({"store_smem_float4", "load_smem_float4"}): NARROW_END,
 }
 
 
