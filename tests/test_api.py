@@ -954,6 +954,16 @@ def test_shipped_cost_models_load() -> None:
         assert cost.load(name).partial_tile_compute_us > 0
 
 
+def test_failures_name_the_role_that_the_kernel_means() -> None:
+    root = Path(__file__).resolve().parents[1]
+    config = (root / "megakernel" / "config.cuh").read_text(encoding="utf-8")
+    bindings = (root / "python" / "bindings" / "kernels.cu").read_text(encoding="utf-8")
+    roles = re.findall(r"k(\w+)", re.findall(r"enum class Role : int \{(.*?)\}", config)[0])
+    table, modulus = re.findall(r"kRoles\[\] = \{(.*?)\}.*?role % (\d+)", bindings, re.DOTALL)[0]
+    assert re.findall(r'"(\w+)"', table) == [role.lower() for role in roles]
+    assert int(modulus) == len(roles)
+
+
 def test_timeout_error_carries_the_record() -> None:
     record = {
         "sm": 7,

@@ -44,6 +44,11 @@ def test_the_report_shows_every_row(rows: list[Row], tmp_path: Path) -> None:
     assert len(json.loads((page.parent / "rows.json").read_text(encoding="utf-8"))) == len(rows)
 
 
+def test_a_copy_without_its_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "0123abc")
+    assert bench.commit() == "0123abc"
+
+
 def test_a_wrong_result_has_no_figure(tmp_path: Path) -> None:
     shape = SHAPES["B8_1k_q1_h16"]
     wrong = Row(shape, "flash_mla", us=7.77, rel_err=0.5, error="wrong output: relative error 0.5")

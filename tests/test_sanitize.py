@@ -25,6 +25,13 @@ def test_any_other_pair_is_listed() -> None:
     assert "publish_rows / absorb" in others[0]
 
 
+def test_no_kind_of_race_is_lost_behind_another() -> None:
+    first = EXPLAINED_RACE.replace("scale_of", "absorb")
+    second = EXPLAINED_RACE.replace("scale_of", "store")
+    _, others = sanitize.unexplained(30 * first + second)
+    assert sanitize.kinds(others) == {"publish_rows / absorb": 30, "publish_rows / store": 1}
+
+
 def test_an_error_that_is_no_race_is_listed() -> None:
     _, others = sanitize.unexplained("========= Error: Barrier misused\n" + EXPLAINED_RACE)
     assert others == ["========= Error: Barrier misused"]

@@ -414,6 +414,19 @@ def test_row_groups_of_different_sequences_do_not_share() -> None:
     assert stream == pytest.approx(20.0 + 64 * slow.partial_store_kib_us)
 
 
+def test_only_other_tiles_get_in_the_way() -> None:
+    busy = CostModel(partial_tile_compute_us=1.0, partial_tile_contention_us=0.5)
+    us = {
+        (batch, heads): _scheduler.plan([640] * batch, heads, 1, 4, busy, "unsplit").predicted_us
+        for batch, heads in ((1, 64), (1, 128), (2, 64))
+    }
+    calm = CostModel(partial_tile_compute_us=1.0)
+    alone = _scheduler.plan([640], 64, 1, 4, calm, "unsplit").predicted_us
+    assert us[1, 64] == pytest.approx(alone)
+    assert us[1, 128] == pytest.approx(alone)  # two row groups, one tile at a time
+    assert us[2, 64] == pytest.approx(alone + 10 * 0.5)
+
+
 def test_time_of_a_fill_is_that_of_its_bytes() -> None:
     plan = make_plan([0] * 16, workers=1)
     tile_kib = 64 * 576 * 2 / 1024
