@@ -160,7 +160,7 @@ inline int log2_exact(int x) {
 // The highest box of KV positions that never crosses a block; 0: none.
 inline int kv_box_rows(const DecodeLayout& layout) {
     if (layout.num_kv_heads > 1 && layout.latent_strides[2] % kBlockCols != 0) return 0;
-    for (const int rows : {64, 32, 16}) {
+    for (const int rows : {64, 16}) {
         if (layout.block_size % rows == 0) return rows;
     }
     return 0;

@@ -97,7 +97,7 @@ struct MlaGlobals {
     int32_t kv_head_step;  // from one KV head's latent columns to the next one's, in swizzle blocks
     int32_t block_size;    // KV positions per block of the cache
     int32_t block_shift;   // its logarithm; -1: no power of two
-    int32_t kv_box_rows;   // 64, 32 or 16 positions by the copy engine; 0: row by row
+    int32_t kv_box_rows;   // 64 or 16 positions by the copy engine; 0: row by row
     int32_t q_box_rows;    // 64; in a narrow kernel a multiple of 8
     int32_t num_requests;
     int32_t num_kv_heads;

@@ -122,9 +122,7 @@ struct MlaPartial {
         };
         if constexpr (Config::kWholeTileBoxes) {
             make(std::type_identity<BoxLoader<1>>{});
-        } else if (g.kv_box_rows == 32) {
-            make(std::type_identity<BoxLoader<2>>{});
-        } else if (g.kv_box_rows == 16) {
+        } else if (g.kv_box_rows > 0) {
             make(std::type_identity<BoxLoader<4>>{});
         } else {
             make(std::type_identity<RowLoader>{});

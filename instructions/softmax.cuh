@@ -74,9 +74,14 @@ struct RowState {
 
     // Turns scores into P, relative to the running maximum. The maximum stays where it is until
     // a score exceeds it by 2^kSlack: P then is at most that, exact all the same in a format with
-    // an exponent, and most tiles need no rescaling of O at all.
+    // an exponent, and most tiles need no rescaling of O at all. So P is computed before it is
+    // known whether this is such a tile.
     template <class Element>
-    __device__ __forceinline__ RowScale absorb(Scores& s, PFragment<Element>& p, float scale_log2) {
+    __device__ __forceinline__ RowScale absorb(const Scores& s,
+                                               PFragment<Element>& p,
+                                               float scale_log2) {
+        float added[2];
+        weigh(s, p, scale_log2, added);
         float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int tile = 0; tile < Scores::width; ++tile) {
@@ -86,14 +91,28 @@ struct RowState {
                 top[part % 2] = fmaxf(top[part % 2], fmaxf(pair.x, pair.y));
             }
         }
-        float to[2];
+        RowScale scale = {1.f, 1.f};
+        const bool exceeded =
+            top[0] * scale_log2 > max[0] + kSlack || top[1] * scale_log2 > max[1] + kSlack;
+        if (__any_sync(~0u, exceeded)) {
+            float to[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float tile_max = quad_max(top[i]) * scale_log2;
-            to[i] = tile_max > max[i] + kSlack ? tile_max : max[i];
+            for (int i = 0; i < 2; ++i) to[i] = fmaxf(quad_max(top[i]) * scale_log2, max[i]);
+            scale = move_max(to);
+            weigh(s, p, scale_log2, added);
         }
-        const RowScale scale = move_max(to);
+        for (int i = 0; i < 2; ++i) sum[i] += added[i];
+        return scale;
+    }
+
+    // P, and what this thread's columns add to the sums.
+    template <class Element>
+    __device__ __forceinline__ void weigh(const Scores& s,
+                                          PFragment<Element>& p,
+                                          float scale_log2,
+                                          float (&added)[2]) const {
         const float shift[2] = {finite(max[0]), finite(max[1])};
+        added[0] = added[1] = 0.f;
 #pragma unroll
         for (int tile = 0; tile < Scores::width; ++tile) {
 #pragma unroll
@@ -101,12 +120,11 @@ struct RowState {
                 const float2 pair = s.tiles[0][tile].data[part];
                 const float2 e = {mk::ptx::exp2_approx(fmaf(pair.x, scale_log2, -shift[part % 2])),
                                   mk::ptx::exp2_approx(fmaf(pair.y, scale_log2, -shift[part % 2]))};
-                sum[part % 2] += e.x + e.y;
+                added[part % 2] += e.x + e.y;
                 *reinterpret_cast<uint32_t*>(&p.tiles[0][tile].data[part]) =
                     round_pair(e, Element{});
             }
         }
-        return scale;
     }
 
     // Sums of whole rows, in all threads that hold one.

@@ -44,27 +44,34 @@ class WideScorer {
         return mk::ptx::smem_address(state.page(logical));
     }
 
+    struct Keys {
+        HalfK left, right;
+        __device__ Keys(const WideScorer& scorer, int tile)
+            : left(scorer.page(Pages::page(2 * tile + kLeft))),
+              right(scorer.page(Pages::page(2 * tile + kRight))) {}
+    };
+
+    // Where the next tile lies is looked up while the tensor cores are busy.
     __device__ void score_tiles() {
         state.wait(Pages::kQFull, 0);
         if (is_first_thread()) state.record(mk::TimingWord::kComputeBegin);
         Scores s;
-        send_scores(s, 0);
+        send_scores(s, Keys(*this, 0), 0);
         for (int tile = 0;; ++tile) {
+            const Keys next(*this, tile + 1);
             kittens::warpgroup::mma_async_wait();
             put_p(s, tile);
             barrier_arrive(NamedBarrier::kPReady, kWideThreads);
             if (tile + 1 == num_tiles) break;
-            send_scores(s, tile + 1);
+            send_scores(s, next, tile + 1);
         }
     }
 
-    __device__ void send_scores(Scores& s, int tile) {
-        const HalfK k_left(page(Pages::page(2 * tile + kLeft)));
-        const HalfK k_right(page(Pages::page(2 * tile + kRight)));
+    __device__ void send_scores(Scores& s, const Keys& keys, int tile) {
         Pages::wait_half(g, state, 2 * tile + kLeft);
-        multiply_scores<Element, true>(s, q_left, k_left);
+        multiply_scores<Element, true>(s, q_left, keys.left);
         Pages::wait_half(g, state, 2 * tile + kRight);
-        multiply_scores<Element, false>(s, q_right, k_right);
+        multiply_scores<Element, false>(s, q_right, keys.right);
         kittens::warpgroup::mma_commit_group();
     }
 

@@ -33,28 +33,35 @@ __device__ inline int32_t fetch_word(const MegakernelArgs& args, int ticket) {
 template <class Config, class Ops>
 class Controller {
   public:
+    // Decodes the CTA's first instruction, before its other warps run.
     template <class Globals>
-    __device__ static void run(const Globals& globals, State<Config>& state, int32_t first_word) {
-        const int lane = threadIdx.x % kWarpThreads;
+    __device__ static void begin(const Globals& globals) {
+        State<Config> state(globals.megakernel, Role::kController);
+        const int ticket = static_cast<int>(blockIdx.x);
+        decode(globals, state, ticket, fetch_word(globals.megakernel, ticket));
+    }
+
+    template <class Globals>
+    __device__ static void run(const Globals& globals, State<Config>& state) {
         const MegakernelArgs& args = globals.megakernel;
-        int ticket = blockIdx.x;
-        int32_t word = first_word;
-        for (;; state.advance()) {
-            const bool more = retire_slot(state, lane) && !state.failed();
-            const int32_t opcode = more ? __shfl_sync(~0u, word, kWordOpcode) : kOpcodeEndOfQueue;
-            decode(globals, state, lane, ticket, lane == kWordOpcode ? opcode : word, opcode);
-            if (opcode == kOpcodeEndOfQueue) break;
+        const bool is_first_lane = threadIdx.x % kWarpThreads == 0;
+        while (state.opcode() != kOpcodeEndOfQueue) {
             wait_prefetch_gate(state);
-            if (lane == 0) ticket = draw_ticket(args.queue);
+            int ticket = 0;
+            if (is_first_lane) ticket = draw_ticket(args.queue);
             ticket = __shfl_sync(~0u, ticket, 0);
-            word = fetch_word(args, ticket);
+            const int32_t word = fetch_word(args, ticket);
+            state.advance();
+            const bool goes_on = retire_slot(state) && !state.failed();
+            decode(globals, state, ticket, goes_on ? word : kOpcodeEndOfQueue);
         }
-        if (lane == 0) leave_queue(args.queue, state.control().epoch);
+        if (is_first_lane) leave_queue(args.queue, state.control().epoch);
     }
 
   private:
     // Waits until the instruction that had this slot is done, and takes its semaphores down.
-    __device__ static bool retire_slot(State<Config>& state, int lane) {
+    __device__ static bool retire_slot(State<Config>& state) {
+        const int lane = threadIdx.x % kWarpThreads;
         if (state.index() < Config::kInstructionRing) return true;
         const int slot = state.slot();
         ControlBlock<Config>& control = state.control();
@@ -78,10 +85,10 @@ class Controller {
     template <class Globals>
     __device__ static void decode(const Globals& globals,
                                   State<Config>& state,
-                                  int lane,
                                   int ticket,
-                                  int32_t word,
-                                  int32_t opcode) {
+                                  int32_t word) {
+        const int lane = threadIdx.x % kWarpThreads;
+        const int32_t opcode = __shfl_sync(~0u, word, kWordOpcode);
         ControlBlock<Config>& control = state.control();
         const int slot = state.slot();
         grant_pages(globals, state, lane);

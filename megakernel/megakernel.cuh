@@ -8,9 +8,11 @@
 
 namespace mk {
 
+// By one warp.
 template <class Config>
 __device__ void init_control_block() {
     ControlBlock<Config>& control = control_block<Config>();
+    if (threadIdx.x % kWarpThreads != 0) return;
     for (int slot = 0; slot < Config::kInstructionRing; ++slot) {
         ptx::mbar_init(ptx::smem_address(&control.decoded[slot]), 1);
         ptx::mbar_init(ptx::smem_address(&control.retired[slot]), retire_arrivals<Config>());
@@ -44,13 +46,12 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     // Up to the wait nothing that an earlier kernel may have written is touched.
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
-    if (threadIdx.x == 0) init_control_block<Config>();
+    if (role == Role::kController) init_control_block<Config>();
     ptx::wait_for_earlier_kernels();
 
     // Two round trips to memory, side by side: the first instruction, and the epoch. Every launch
     // has an epoch of its own, later than the last one's by 1 + tic.
-    int32_t first_word = 0;
-    if (role == Role::kController) first_word = fetch_word(args, blockIdx.x);
+    if (role == Role::kController) Controller<Config, Ops>::begin(globals);
     if (threadIdx.x == 0) {
         control_block<Config>().epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
     }
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
         ptx::move_registers<Config::kLaunchRegisters, Config::kControlRegisters>();
         State<Config> state(args, role);
         if (role == Role::kController) {
-            Controller<Config, Ops>::run(globals, state, first_word);
+            Controller<Config, Ops>::run(globals, state);
         } else if (role == Role::kLoader) {
             run_role<Role::kLoader, Config, Ops>(globals, state);
         } else if (role == Role::kStorer) {

@@ -186,6 +186,23 @@ __device__ __forceinline__ void copy_16_bytes_if(bool wanted, uint32_t dst, cons
         : "memory");
 }
 
+// 16 bytes by this thread, or zeros; past L1.
+__device__ __forceinline__ void copy_16_bytes_or_zeros(bool wanted, uint32_t dst, const void* src) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(wanted ? 16 : 0)
+        : "memory");
+}
+
+// This thread's copies since the last call are a group. All but the last kPending groups have
+// landed after the wait, and this thread sees them.
+__device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // One of the mbarrier's arrivals comes when this thread's copies so far have landed.
 __device__ __forceinline__ void arrive_when_copied(uint32_t mbar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbar) : "memory");

@@ -1,0 +1,59 @@
+// What a reduction is asked to do, and how it uses pages and semaphores: what its
+// loader, its launcher and its consumers agree on.
+#pragma once
+
+#include "instructions/mla_globals.cuh"
+
+namespace mla {
+
+// The words, decoded.
+struct ReductionWork {
+    using Words = ReductionWords;
+
+    const int32_t* listed;  // null: a run
+    int num_inputs, run_first, run_step;
+    int dst_batch, first_row, num_rows, col_begin, num_cols;
+    int flat_row;        // first_row as the output counts it
+    int rows_per_chunk;  // in 1/65536
+
+    __device__ ReductionWork(const MlaGlobals& g, const int32_t* words) {
+        const auto shape = ReductionShape::unpack(words[Words::kShape]);
+        listed = shape.is_run ? nullptr : words + Words::kInputs;
+        num_inputs = shape.is_run ? words[Words::kRunCount] : shape.num_listed;
+        run_first = words[Words::kRunFirst];
+        run_step = words[Words::kRunStep];
+        dst_batch = words[Words::kDstBatch];
+        const int row_offset = shape.is_run ? words[Words::kRunRowOffset] : 0;
+        first_row = words[Words::kDstSeq] * g.num_heads + shape.head_begin + row_offset;
+        flat_row = first_row;
+        if (!writes_scratch(dst_batch)) flat_row += g.tokens_of(dst_batch).first * g.num_heads;
+        num_rows = shape.num_rows > 0 ? shape.num_rows : g.num_heads - shape.head_begin;
+        col_begin = shape.col_begin;
+        num_cols = shape.num_cols > 0 ? shape.num_cols : kLatentDim - col_begin;
+        rows_per_chunk = (1 << 16) / chunks_per_row() + 1;
+    }
+    __device__ int slot(int input) const {
+        return listed != nullptr ? listed[input] : run_first + input * run_step;
+    }
+    __device__ int chunks_per_row() const { return num_cols / kColumnChunk; }
+    __device__ int num_chunks() const { return num_rows * chunks_per_row(); }
+    // chunk / chunks_per_row(), exact for as many chunks as there can be.
+    __device__ int row_of_chunk(int chunk) const { return chunk * rows_per_chunk >> 16; }
+};
+
+// Inputs wait in pages for their turn. The last pages are the next instruction's at once.
+template <class Config>
+struct ReductionPages {
+    static constexpr int kStaging = 4;
+
+    enum Semaphore {
+        kInputsReady = 0,  // their flags are up, and the staging pages are free
+        kResultStored,     // consumers have written their part
+        kNumSemaphores,
+    };
+    static constexpr int kReadyArrivals = 2;  // launcher and loader
+
+    __device__ static int released_page(int k) { return (kStaging + k) % Config::kNumSmemPages; }
+};
+
+}  // namespace mla
