@@ -66,8 +66,9 @@ __device__ __forceinline__ void store_rows(
         __syncwarp();
 #pragma unroll 4
         for (int row = 0; row < rows; ++row) {
-            *reinterpret_cast<float4*>(dst + row * kLatentDim + first) =
-                mk::ptx::load_smem_float4(staged + row * S::kPitch + lane * sizeof(float4));
+            store_16_bytes(
+                dst + row * kLatentDim + first,
+                mk::ptx::load_smem_float4(staged + row * S::kPitch + lane * sizeof(float4)));
         }
         __syncwarp();
     }

@@ -30,6 +30,7 @@ inline constexpr int kRopeDim = 64;
 inline constexpr int kKvTile = 64;              // KV positions per tile; starts are multiples
 inline constexpr int kMaxRows = 64;             // rows of a row group: one wgmma M tile
 inline constexpr int kNarrowRows = 32;          // no group has more: a narrow kernel runs the batch
+inline constexpr int kNarrowTilesAtOnce = 2;    // its warpgroups: each has tiles of its own
 inline constexpr int kMaxReductionInputs = 27;  // that a reduction can list
 inline constexpr int kMaxRunInputs = 1 << 16;   // that a reduction can read as a run of slots
 inline constexpr int kColumnChunk = 64;         // granularity of a reduction's column slice

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 
 #include "instructions/mla_fill.cuh"
 #include "instructions/mla_partial.cuh"
@@ -168,9 +169,8 @@ inline int kv_box_rows(const DecodeLayout& layout) {
 
 }  // namespace detail
 
-inline MlaGlobals make_globals(const DecodeLayout& layout,
-                               const DecodePointers& p,
-                               const LaunchOptions& options) {
+// What calls of one layout share: all but addresses. (Tensor maps want one from the beginning.)
+inline MlaGlobals shared_globals(const DecodeLayout& layout, const DecodePointers& p) {
     constexpr double kLog2E = 1.4426950408889634;
     constexpr float kLn2 = 0.693147180559945f;
     const bool ragged = p.cu_seqlens_q != nullptr;
@@ -211,18 +211,24 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     if (g.kv_box_rows > 0) {
         g.kv_latent = detail::encode_latent(layout, p.latent, g.kv_box_rows);
         g.kv_rope = detail::encode_rope(layout, p.rope, g.kv_box_rows);
+    }
+    return g;
+}
+
+inline void set_addresses(MlaGlobals& g, const DecodePointers& p) {
+    mk::move_tensor_map("q_nope", g.q_latent, p.q_nope);
+    mk::move_tensor_map("q_pe", g.q_rope, p.q_pe);
+    if (g.kv_box_rows > 0) {
+        mk::move_tensor_map("latent", g.kv_latent, p.latent);
+        mk::move_tensor_map("rope", g.kv_rope, p.rope);
     } else {  // never used, but prefetched
         g.kv_latent = g.q_latent;
         g.kv_rope = g.q_rope;
     }
-
     g.megakernel.instructions = static_cast<const int32_t*>(p.instructions);
     g.megakernel.num_instructions = p.num_instructions;
-    g.megakernel.tic = options.tic;
     g.megakernel.queue = static_cast<mk::QueueState*>(p.queue_state);
-    g.megakernel.failure = mk::FailureRecords::device(layout.device);
     g.megakernel.timings = static_cast<int32_t*>(p.timings);
-    g.megakernel.timeout_us = options.timeout_us;
 
     g.block_ids = static_cast<const int32_t*>(p.block_ids);
     g.kv_indptr = static_cast<const int32_t*>(p.kv_indptr);
@@ -235,7 +241,6 @@ inline MlaGlobals make_globals(const DecodeLayout& layout,
     g.done_flags = static_cast<int32_t*>(p.done_flags);
     g.lse = static_cast<float*>(p.lse);
     g.attn_sink = static_cast<const float*>(p.attn_sink);
-    return g;
 }
 
 // Enqueues one of the megakernels. Each element type, narrow or not, has a translation unit of its
@@ -266,19 +271,33 @@ extern template void launch_family<kittens::half, true>(
 extern template void launch_family<kittens::half, false>(
     const MlaGlobals&, bool, int, int, cudaStream_t);
 
-// Enqueues the decode of one queue. Throws std::runtime_error; launches nothing then.
-inline void launch_decode(const DecodeLayout& layout,
-                          const DecodePointers& pointers,
-                          const LaunchOptions& options) {
-    const mk::DeviceGuard guard(layout.device);
-    const MlaGlobals globals = make_globals(layout, pointers, options);
-    const int num_ctas = options.num_ctas > 0 ? options.num_ctas : mk::num_sms(layout.device);
-    const bool narrow = detail::is_narrow(globals.q_box_rows);
-    const auto launch =
-        layout.fp16
-            ? (narrow ? &launch_family<kittens::half, true> : &launch_family<kittens::half, false>)
-            : (narrow ? &launch_family<kittens::bf16, true> : &launch_family<kittens::bf16, false>);
-    launch(globals, pointers.timings != nullptr, num_ctas, layout.device, options.stream);
-}
+// Decodes of one layout. What they share is worked out once, by the first. One thread at a time.
+class Decoder {
+  public:
+    explicit Decoder(const DecodeLayout& layout) : layout_(layout) {}
+
+    // Enqueues the decode of one queue. Throws std::runtime_error; launches nothing then.
+    void launch(const DecodePointers& pointers, const LaunchOptions& options) {
+        const mk::DeviceGuard guard(layout_.device);
+        std::optional<MlaGlobals>& shared = shared_[pointers.cu_seqlens_q != nullptr];
+        if (!shared) shared = shared_globals(layout_, pointers);
+        MlaGlobals& globals = *shared;
+        set_addresses(globals, pointers);
+        globals.megakernel.tic = options.tic;
+        globals.megakernel.timeout_us = options.timeout_us;
+        globals.megakernel.failure = mk::FailureRecords::device(layout_.device);
+        const int num_ctas = options.num_ctas > 0 ? options.num_ctas : mk::num_sms(layout_.device);
+        const bool narrow = detail::is_narrow(globals.q_box_rows);
+        const auto launch = layout_.fp16 ? (narrow ? &launch_family<kittens::half, true>
+                                                   : &launch_family<kittens::half, false>)
+                                         : (narrow ? &launch_family<kittens::bf16, true>
+                                                   : &launch_family<kittens::bf16, false>);
+        launch(globals, pointers.timings != nullptr, num_ctas, layout_.device, options.stream);
+    }
+
+  private:
+    DecodeLayout layout_;
+    std::optional<MlaGlobals> shared_[2];  // by whether sequences differ in their tokens
+};
 
 }  // namespace mla

@@ -1,7 +1,7 @@
 // MLA reduction: merges scratch slots of one row group over a slice of rows and
 // columns, weighted by their log-sum-exps.
 //
-//     loader     hands on the pages that are not wanted
+//     loader     waits for the pages
 //     launcher   waits for the inputs' flags
 //     consumers  sum, see reduction_consumer.cuh
 //     storer     raises the flag when the result is an input of another reduction
@@ -17,26 +17,22 @@ struct MlaReduction {
     static constexpr int kOpcode = static_cast<int>(Opcode::kMlaReduction);
     static constexpr mk::Role kPrefetchGate = mk::Role::kLauncher;
     using State = mk::State<Config>;
-    using Pages = ReductionPages<Config>;
-    static constexpr int kNumSemaphores = Pages::kNumSemaphores;
+    static constexpr int kNumSemaphores = kNumReductionSemaphores;
 
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals&, int semaphore) {
-            return semaphore == Pages::kResultStored ? Config::kNumConsumerWarps
-                                                     : Pages::kReadyArrivals;
+            // The inputs' flags are the launcher's to watch, the pages the loader's.
+            return semaphore == kInputsReady ? 2 : Config::kNumConsumerWarps;
         }
-        __device__ static int released_page(const MlaGlobals&, const int32_t*, int k) {
-            return Pages::released_page(k);
-        }
+        __device__ static int released_page(const MlaGlobals&, const int32_t*, int k) { return k; }
     };
 
     struct Loader {
         __device__ static void run(const MlaGlobals&, State& state) {
             const int lane = threadIdx.x % mk::kWarpThreads;
-            if (lane < Pages::kStaging) state.wait_page(lane);
+            if (lane < Config::kNumSmemPages) state.wait_page(lane);
             __syncwarp();
-            if (lane == 0) state.arrive(Pages::kInputsReady);
-            state.pass_pages_from(Pages::kStaging, lane);
+            if (lane == 0) state.arrive(kInputsReady);
         }
     };
 
@@ -53,7 +49,7 @@ struct MlaReduction {
             __syncwarp();
             if (lane == 0) {
                 state.record(mk::TimingWord::kLoadEnd);
-                state.arrive(Pages::kInputsReady);
+                state.arrive(kInputsReady);
             }
         }
     };
@@ -65,7 +61,7 @@ struct MlaReduction {
         __device__ static void run(const MlaGlobals& g, State& state) {
             if (threadIdx.x % mk::kWarpThreads != 0) return;
             const int dst_batch = state.word(ReductionWords::kDstBatch);
-            const bool ok = state.wait(Pages::kResultStored, 0);
+            const bool ok = state.wait(kResultStored, 0);
             state.record(mk::TimingWord::kStoreBegin);
             if (ok && writes_scratch(dst_batch)) {
                 state.raise_done_flag(&g.done_flags[scratch_slot(dst_batch)]);

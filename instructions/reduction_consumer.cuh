@@ -1,10 +1,10 @@
 // The consumers of a reduction: sixteen teams of sixteen threads. A team sums chunks, 64 columns of
 // one row each, over the inputs; where there are fewer chunks than teams, several teams share one.
 //
-// Every thread copies its four columns of input after input from L2 into places of its own in
-// shared memory, two batches ahead, and sums them from there. So much is on its way at once, while
-// the code stays a few short loops: it runs once or twice in a launch, and instructions that are
-// not in the SM's cache yet cost more than what they do.
+// The copy engine brings the inputs from L2 into pages: what threads load themselves waits in a
+// queue that holds some 30 KB per SM, however many loads they begin. And the code stays a few short
+// loops: it runs once or twice in a launch, and instructions that are not in the SM's cache yet
+// cost more than what they do.
 #pragma once
 
 #include "instructions/reduction_work.cuh"
@@ -17,38 +17,37 @@ class ReductionConsumer {
     using State = mk::State<Config>;
     using Element = typename Config::Element;
     using Work = ReductionWork;
-    using Pages = ReductionPages<Config>;
 
     static constexpr int kColumnsPerThread = 4;
     static constexpr int kTeamThreads = kColumnChunk / kColumnsPerThread;
     static constexpr int kTeamsLog2 = 4;
     static constexpr int kTeams = 1 << kTeamsLog2;
     static_assert(kTeams * kTeamThreads == kConsumerThreads);
-    // (chunk, input) pairs that a team copies at a time: lane i knows all of the i-th but its
-    // columns.
+    // (chunk, input) pairs of a team that are copied at a time: lane i looks after the i-th.
     static constexpr int kBatchLog2 = 4;
     static constexpr int kBatch = 1 << kBatchLog2;
     static_assert(kBatch == kTeamThreads);
-    static constexpr int kBatchesAhead = 2;
+    static constexpr int kBatchesAtOnce = 3;
 
   public:
     __device__ static void run(const MlaGlobals& g, const State& state) {
         const Work work(g, state.words());
         note_sinks(g, state, work);
-        state.wait(Pages::kInputsReady, 0);
+        state.wait(kInputsReady, 0);
+        mk::ptx::fence_proxy_async_global();
         if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
         ReductionConsumer(g, state, work).merge();
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         store_lses(g, state, work);
         if (threadIdx.x == 0) {
-            for (int page = 0; page < Pages::kStaging; ++page) {
+            for (int page = 0; page < Config::kNumSmemPages; ++page) {
                 state.release_page(page, Config::kPageReleaseArrivals);
             }
             state.record(mk::TimingWord::kComputeEnd);
         }
         __syncwarp();
-        if (threadIdx.x % mk::kWarpThreads == 0) state.arrive(Pages::kResultStored);
+        if (threadIdx.x % mk::kWarpThreads == 0) state.arrive(kResultStored);
         // Nobody begins the next instruction's scratch before all have read this one's.
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
     }
@@ -73,18 +72,6 @@ class ReductionConsumer {
             total *= factor;
             top = to;
         }
-        __device__ void add(const float4& v, float weight) {
-            value.x += weight * v.x;
-            value.y += weight * v.y;
-            value.z += weight * v.z;
-            value.w += weight * v.w;
-        }
-    };
-
-    // What lane i of a team knows of the i-th pair of a batch.
-    struct Pair {
-        int source;      // in o_scratch, counted by 64 columns; -1: there is no such pair
-        float lse_log2;  // -inf if there is none
     };
 
     struct Scratch {
@@ -108,7 +95,7 @@ class ReductionConsumer {
     int width_log2;         // inputs of a chunk that a batch holds, padded
     int num_pairs;          // of a batch, those included
     int batches_per_chunk;  // more than one only if a batch holds a single chunk
-    int num_rounds;         // in which a team sums chunks_at_once; as many for all teams
+    int num_turns;          // at chunks_at_once; as many for all teams
 
     __device__ ReductionConsumer(const MlaGlobals& g, const State& state, const Work& work)
         : g(g), state(state), work(work) {
@@ -123,92 +110,134 @@ class ReductionConsumer {
         batches_per_chunk = rounded_up(own_inputs, kBatchLog2);
         const int own_chunks = rounded_up(num_chunks << sharing_log2, kTeamsLog2);
         num_pairs = min(kBatch, own_chunks << width_log2);
-        num_rounds = rounded_up(own_chunks << width_log2, kBatchLog2);
+        num_turns = rounded_up(own_chunks << width_log2, kBatchLog2);
     }
     __device__ static int rounded_up(int x, int log2) { return (x + (1 << log2) - 1) >> log2; }
 
-    // Where the team is on its way: in which round, and in which batch of its chunk.
+    // Where the team is on its way: in which turn, and in which batch of its chunk.
     struct Step {
-        int round = 0, batch = 0;
-        bool odd = false;
+        int index = 0;  // of the batch, counted from the first on
+        int turn = 0, batch = 0;
+        __device__ int place() const { return index % kBatchesAtOnce; }
+        __device__ int phase() const { return index / kBatchesAtOnce; }
     };
-    __device__ bool next(Step& step) const {
-        step.odd = !step.odd;
+    __device__ void advance(Step& step) const {
+        ++step.index;
         if (++step.batch == batches_per_chunk) {
             step.batch = 0;
-            ++step.round;
+            ++step.turn;
         }
-        return step.round < num_rounds;
     }
 
+    // Teams side by side have chunks side by side, as many as there are if they are shared.
+    __device__ int side_by_side() const { return kTeams >> sharing_log2; }
     // The chunk of a pair.
     __device__ int chunk_of(const Step& step, int pair) const {
-        const int own = (step.round << kBatchLog2) + pair >> width_log2;
-        return team + own * kTeams >> sharing_log2;
+        const int own = (step.turn << kBatchLog2) + pair >> width_log2;
+        return (team & side_by_side() - 1) + own * kTeams;
     }
+    // Which of the inputs of a shared chunk are this team's: part, part + 2^sharing_log2, ...
+    __device__ int part() const { return team >> kTeamsLog2 - sharing_log2; }
 
     __device__ void merge() const {
         Step step, ahead;
-        Pair pair = copy(ahead), pair_ahead;
-        mk::ptx::commit_copies();
+        float lse_log2[kBatchesAtOnce];  // of the lane's pair, -inf if there is none
+#pragma unroll
+        for (int i = 0; i + 1 < kBatchesAtOnce; ++i) lse_log2[i] = copy_next(ahead);
         Sum sum;
-        for (bool more = true; more; pair = pair_ahead, step = ahead) {
-            more = next(ahead);
-            if (more) pair_ahead = copy(ahead);
-            mk::ptx::commit_copies();
-            mk::ptx::wait_copies<1>();
-            add(step, pair, sum);
+        while (step.turn < num_turns) {
+            lse_log2[kBatchesAtOnce - 1] = copy_next(ahead);
+            state.wait(kBatchCopied + step.place(), step.phase());
+            if (sharing_log2 == 0 && batches_per_chunk == 1) {
+                finish_chunks(step, lse_log2[0]);
+            } else {
+                add_batch(step, lse_log2[0], sum);
+                if (sharing_log2 == 0 && step.batch + 1 == batches_per_chunk) {
+                    finish_chunk(chunk_of(step, 0), sum);
+                }
+            }
+            advance(step);
+#pragma unroll
+            for (int i = 0; i + 1 < kBatchesAtOnce; ++i) lse_log2[i] = lse_log2[i + 1];
         }
         if (sharing_log2 > 0) add_up_shared(sum);
     }
 
     // ---- copies -----------------------------------------------------------------------
 
-    // This thread's places for pairs, in a page as many as kPagePairs.
-    static constexpr int kPagePairs = kBatch * kBatchesAhead / Pages::kStaging;
-    static constexpr uint32_t kPlaceStep = kConsumerThreads * sizeof(float4);
-    static_assert(kPagePairs * kPlaceStep <= Config::kSmemPageBytes);
-    __device__ uint32_t place(const Step& step, int pair) const {
-        const int at = step.odd * kBatch + pair;
-        return mk::ptx::smem_address(state.page(at / kPagePairs)) + at % kPagePairs * kPlaceStep +
-               threadIdx.x * static_cast<uint32_t>(sizeof(float4));
+    // Where in a batch's place a pair's columns are put, those of all teams side by side.
+    static constexpr int kPagePairs = kBatch * kBatchesAtOnce / Config::kNumSmemPages;
+    static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(float);
+    static constexpr uint32_t kPairStep = kTeams * kChunkBytes;
+    static_assert(kPagePairs * kPairStep <= Config::kSmemPageBytes);
+    __device__ uint32_t address(const Step& step, int pair) const {
+        const int at = step.place() * kBatch + pair;
+        return mk::ptx::smem_address(state.page(at / kPagePairs)) + at % kPagePairs * kPairStep +
+               team * kChunkBytes;
     }
 
-    // Begins with the copies of a batch; past L1, where a line may be that of an earlier launch.
-    __device__ Pair copy(const Step& step) const {
-        const Pair pair = look_up(step);
-        const float* columns = g.o_scratch + lane * kColumnsPerThread;
-#pragma unroll 1
-        for (int first = 0; first < num_pairs; first += kPagePairs) {
-            const uint32_t to = place(step, first);
-#pragma unroll
-            for (int i = 0; i < kPagePairs; ++i) {
-                const int source = __shfl_sync(~0u, pair.source, first + i, kTeamThreads);
-                mk::ptx::copy_16_bytes_or_zeros(
-                    source >= 0,
-                    to + i * kPlaceStep,
-                    columns + static_cast<int64_t>(max(source, 0)) * kColumnChunk);
-            }
+    // Begins with the copies of the next batch, if there is one.
+    __device__ float copy_next(Step& step) const {
+        if (step.turn >= num_turns) return -INFINITY;
+        if (step.index >= kBatchesAtOnce) {  // all have read what lies there
+            mk::ptx::fence_proxy_async_smem();
+            barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         }
-        return pair;
+        const float lse_log2 = copy(step);
+        advance(step);
+        return lse_log2;
     }
-    __device__ Pair look_up(const Step& step) const {
+    // The lane's pair; the first of teams whose chunks follow each other in a row copies for all.
+    __device__ float copy(const Step& step) const {
         const int own_chunk = chunk_of(step, lane);
         const int own_input = step.batch * kBatch + (lane & (1 << width_log2) - 1);
-        const int input = (own_input << sharing_log2) + (team & (1 << sharing_log2) - 1);
-        if (own_chunk >= work.num_chunks() || input >= work.num_inputs) return {-1, -INFINITY};
-        const int row = work.row_of_chunk(own_chunk);
-        const int col = work.col_begin / kColumnChunk + own_chunk - row * work.chunks_per_row();
-        const int at = work.slot(input) * g.slot_rows + (work.first_row + row) % kMaxRows;
-        return {at * (kLatentDim / kColumnChunk) + col, __ldcg(g.lse_log2_scratch + at)};
+        const int input = (own_input << sharing_log2) + part();
+        const bool exists =
+            lane < num_pairs && own_chunk < work.num_chunks() && input < work.num_inputs;
+        uint32_t bytes = 0;
+        const float* columns = nullptr;
+        float lse_log2 = -INFINITY;
+        if (exists) {
+            const int row = work.row_of_chunk(own_chunk);
+            const int col = own_chunk - row * work.chunks_per_row();
+            const int at = work.slot(input) * g.slot_rows + (work.first_row + row) % kMaxRows;
+            // Past L1: a line may have been read in an earlier launch.
+            lse_log2 = __ldcg(g.lse_log2_scratch + at);
+            columns = g.o_scratch + static_cast<int64_t>(at) * kLatentDim + work.col_begin +
+                      col * kColumnChunk;
+            const int place = team & side_by_side() - 1;
+            if (col == 0 || place == 0) {
+                const int chunks = min(work.chunks_per_row() - col,
+                                       min(side_by_side() - place, work.num_chunks() - own_chunk));
+                bytes = chunks * kChunkBytes;
+            }
+        }
+        const uint32_t copied = state.semaphore(kBatchCopied + step.place());
+        const uint32_t warp_bytes = __reduce_add_sync(~0u, bytes);
+        if (is_first_lane()) mk::ptx::mbar_arrive_expect_tx(copied, warp_bytes);
+        __syncwarp();
+        if (bytes > 0) {
+            mk::ptx::bulk_load(address(step, lane), columns, bytes, copied, mk::ptx::kEvictFirst);
+        }
+        return lse_log2;
     }
 
     // ---- sums -------------------------------------------------------------------------
 
-    // Maximum over neighbouring lanes of a team.
+    // Over 2^lanes_log2 neighbouring lanes of a team.
     __device__ static float max_of(float x, int lanes_log2) {
-        for (int i = 0; i < lanes_log2; ++i) {
-            x = fmaxf(x, __shfl_xor_sync(~0u, x, 1 << i, kTeamThreads));
+#pragma unroll
+        for (int i = 0; i < kBatchLog2; ++i) {
+            const float other = __shfl_xor_sync(~0u, x, 1 << i, kTeamThreads);
+            if (i < lanes_log2) x = fmaxf(x, other);
+        }
+        return x;
+    }
+    __device__ static float sum_of(float x, int lanes_log2) {
+#pragma unroll
+        for (int i = 0; i < kBatchLog2; ++i) {
+            const float other = __shfl_xor_sync(~0u, x, 1 << i, kTeamThreads);
+            if (i < lanes_log2) x += other;
         }
         return x;
     }
@@ -217,30 +246,58 @@ class ReductionConsumer {
         return own == -INFINITY ? 0.f : mk::ptx::exp2_approx(own - top);
     }
 
-    // Adds a batch to the sum of its chunk, or sums and stores its chunks one by one.
-    __device__ void add(const Step& step, const Pair& pair, Sum& sum) const {
-        const bool begins = step.batch == 0, ends = step.batch + 1 == batches_per_chunk;
-        float top = max_of(pair.lse_log2, width_log2);
-        if (!begins) top = fmaxf(top, sum.top);
-        const float weight = weight_of(pair.lse_log2, top);
-        const int width = 1 << width_log2, at_once = min(width, kPagePairs);
+    // This thread's columns of a batch's pairs, one after the other: use(pair, columns, weight).
+    template <class Use>
+    __device__ void for_each_pair(const Step& step, float weight, Use use) const {
 #pragma unroll 1
-        for (int first = 0; first < num_pairs; first += at_once) {
-            if ((first & width - 1) == 0) {
-                if (begins) sum.begin();
-                sum.rescale(__shfl_sync(~0u, top, first, kTeamThreads));
-            }
-            const uint32_t from = place(step, first);
+        for (int first = 0; first < num_pairs; first += kPagePairs) {
+            const int count = min(kPagePairs, num_pairs - first);
+            const uint32_t from =
+                address(step, first) + lane * static_cast<uint32_t>(sizeof(float4));
 #pragma unroll 4
-            for (int i = 0; i < at_once; ++i) {
-                const float own = __shfl_sync(~0u, weight, first + i, kTeamThreads);
-                sum.add(mk::ptx::load_smem_float4(from + i * kPlaceStep), own);
-                sum.total += own;
+            for (int i = 0; i < count; ++i) {
+                use(first + i,
+                    mk::ptx::load_smem_float4(from + i * kPairStep),
+                    __shfl_sync(~0u, weight, first + i, kTeamThreads));
             }
-            if (!ends || sharing_log2 > 0 || (first + at_once & width - 1) != 0) continue;
-            const int own_chunk = chunk_of(step, first);
-            if (own_chunk < work.num_chunks()) store(own_chunk, sum);
         }
+    }
+
+    // Chunks that have all their inputs in a batch: lane i does for the i-th pair what its columns
+    // have in common.
+    __device__ void finish_chunks(const Step& step, float lse_log2) const {
+        const float top = max_of(lse_log2, width_log2);
+        const float own = weight_of(lse_log2, top);
+        const float total = sum_of(own, width_log2);
+        const float scale = scale_of(chunk_of(step, lane), top, total);
+        float4 value;
+        for_each_pair(step, own * scale, [&](int pair, const float4& columns, float weight) {
+            const int mask = (1 << width_log2) - 1;
+            if ((pair & mask) == 0) value = {0.f, 0.f, 0.f, 0.f};
+            add(value, columns, weight);
+            if ((pair & mask) == mask) store(chunk_of(step, pair), value);
+        });
+    }
+
+    // One batch of several of a chunk.
+    __device__ void add_batch(const Step& step, float lse_log2, Sum& sum) const {
+        if (step.batch == 0) sum.begin();
+        const float top = fmaxf(max_of(lse_log2, kBatchLog2), sum.top);
+        const float own = weight_of(lse_log2, top);
+        sum.rescale(top);
+        sum.total += sum_of(own, kBatchLog2);
+        for_each_pair(step, own, [&](int, const float4& columns, float weight) {
+            add(sum.value, columns, weight);
+        });
+    }
+
+    // Where there is no weight there may be anything.
+    __device__ static void add(float4& value, const float4& columns, float weight) {
+        if (weight == 0.f) return;
+        value.x += weight * columns.x;
+        value.y += weight * columns.y;
+        value.z += weight * columns.z;
+        value.w += weight * columns.w;
     }
 
     // Each of the teams that share a chunk has summed its inputs; the first of them adds up.
@@ -252,21 +309,21 @@ class ReductionConsumer {
             shared.total[team] = own.total;
         }
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        const int sharing = 1 << sharing_log2, first = team & -sharing;
-        const int other = first + (lane & sharing - 1);
+        const int first = team & side_by_side() - 1;
+        const int other = first + (lane & (1 << sharing_log2) - 1) * side_by_side();
         const float top = max_of(shared.top[other], sharing_log2);
         const float weight = weight_of(shared.top[other], top);
-        const float total = weight * shared.total[other];
         Sum sum;
         sum.begin();
         sum.top = top;
+        sum.total = sum_of(weight * shared.total[other], sharing_log2);
 #pragma unroll 4
-        for (int i = 0; i < sharing; ++i) {
-            sum.total += __shfl_sync(~0u, total, i, kTeamThreads);
-            sum.add(shared.value[first + i][lane], __shfl_sync(~0u, weight, i, kTeamThreads));
+        for (int i = 0; i < 1 << sharing_log2; ++i) {
+            add(sum.value,
+                shared.value[first + i * side_by_side()][lane],
+                __shfl_sync(~0u, weight, i, kTeamThreads));
         }
-        const int own_chunk = team >> sharing_log2;
-        if (team == first && own_chunk < work.num_chunks()) store(own_chunk, sum);
+        if (part() == 0) finish_chunk(first, sum);
     }
 
     // ---- results ----------------------------------------------------------------------
@@ -285,19 +342,31 @@ class ReductionConsumer {
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
     }
 
-    __device__ void store(int chunk, const Sum& sum) const {
+    __device__ void finish_chunk(int chunk, Sum& sum) const {
+        const float scale = scale_of(chunk, sum.top, sum.total);
+        float4 value = {0.f, 0.f, 0.f, 0.f};
+        add(value, sum.value, scale);
+        store(chunk, value);
+    }
+
+    // What a chunk's sum is multiplied with; notes its row's LSE.
+    __device__ float scale_of(int chunk, float top, float total) const {
+        if (chunk >= work.num_chunks()) return 0.f;
+        const int row = work.row_of_chunk(chunk);
+        Scratch& shared = scratch(state);
+        const bool seen = total > 0.f;  // did any input see a key
+        if (chunk == row * work.chunks_per_row()) {
+            shared.lse_log2[row] = seen ? top + __log2f(total) : -INFINITY;
+        }
+        const float sink = mk::ptx::exp2_approx(shared.sink_log2[row] - top);
+        return seen ? mk::ptx::reciprocal_approx(total + sink) : 0.f;
+    }
+
+    __device__ void store(int chunk, const float4& v) const {
+        if (chunk >= work.num_chunks()) return;
         const int row = work.row_of_chunk(chunk);
         const int col = work.col_begin + (chunk - row * work.chunks_per_row()) * kColumnChunk +
                         lane * kColumnsPerThread;
-        const bool seen = sum.total > 0.f;  // did any input see a key
-        Scratch& shared = scratch(state);
-        if (col == work.col_begin) {
-            shared.lse_log2[row] = seen ? sum.top + __log2f(sum.total) : -INFINITY;
-        }
-        const float sink = mk::ptx::exp2_approx(shared.sink_log2[row] - sum.top);
-        const float scale = seen ? mk::ptx::reciprocal_approx(sum.total + sink) : 0.f;
-        const float4 v = {
-            sum.value.x * scale, sum.value.y * scale, sum.value.z * scale, sum.value.w * scale};
         if (writes_scratch(work.dst_batch)) {
             const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), work.first_row + row);
             *reinterpret_cast<float4*>(&g.o_scratch[at * kLatentDim + col]) = v;

@@ -1,5 +1,5 @@
-// What a reduction is asked to do, and how it uses pages and semaphores: what its
-// loader, its launcher and its consumers agree on.
+// What a reduction is asked to do: what its loader, its launcher and its consumers
+// agree on.
 #pragma once
 
 #include "instructions/mla_globals.cuh"
@@ -41,19 +41,11 @@ struct ReductionWork {
     __device__ int row_of_chunk(int chunk) const { return chunk * rows_per_chunk >> 16; }
 };
 
-// Inputs wait in pages for their turn. The last pages are the next instruction's at once.
-template <class Config>
-struct ReductionPages {
-    static constexpr int kStaging = 4;
-
-    enum Semaphore {
-        kInputsReady = 0,  // their flags are up, and the staging pages are free
-        kResultStored,     // consumers have written their part
-        kNumSemaphores,
-    };
-    static constexpr int kReadyArrivals = 2;  // launcher and loader
-
-    __device__ static int released_page(int k) { return (kStaging + k) % Config::kNumSmemPages; }
+enum ReductionSemaphore {
+    kInputsReady = 0,  // their flags are up, and the pages free in which they wait for their turn
+    kResultStored,     // consumers have written their part
+    kBatchCopied,      // + place of a batch in the pages: its inputs are there
+    kNumReductionSemaphores = kBatchCopied + 3,
 };
 
 }  // namespace mla

@@ -67,22 +67,22 @@ __device__ __forceinline__ void fence_proxy_async_global() {
     asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
-__device__ __forceinline__ void bulk_load(uint32_t dst,
-                                          const void* src,
-                                          uint32_t bytes,
-                                          uint32_t mbar) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(dst),
-        "l"(src),
-        "r"(bytes),
-        "r"(mbar)
-        : "memory");
-}
-
 // L2 eviction policies as createpolicy would build them.
 inline constexpr uint64_t kEvictNormal = 0x1000000000000000;
 inline constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+inline constexpr uint64_t kEvictLast = 0x14F0000000000000;
+
+__device__ __forceinline__ void bulk_load(
+    uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar, uint64_t policy = kEvictNormal) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1], %2, [%3], %4;" ::"r"(dst),
+        "l"(src),
+        "r"(bytes),
+        "r"(mbar),
+        "l"(policy)
+        : "memory");
+}
 
 __device__ __forceinline__ void tensor_load_2d(
     uint32_t dst, const CUtensorMap& map, uint32_t mbar, int c0, int c1, uint64_t policy) {
@@ -186,23 +186,6 @@ __device__ __forceinline__ void copy_16_bytes_if(bool wanted, uint32_t dst, cons
         : "memory");
 }
 
-// 16 bytes by this thread, or zeros; past L1.
-__device__ __forceinline__ void copy_16_bytes_or_zeros(bool wanted, uint32_t dst, const void* src) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(wanted ? 16 : 0)
-        : "memory");
-}
-
-// This thread's copies since the last call are a group. All but the last kPending groups have
-// landed after the wait, and this thread sees them.
-__device__ __forceinline__ void commit_copies() {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kPending>
-__device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
 // One of the mbarrier's arrivals comes when this thread's copies so far have landed.
 __device__ __forceinline__ void arrive_when_copied(uint32_t mbar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbar) : "memory");
@@ -248,6 +231,16 @@ __device__ __forceinline__ int32_t load_relaxed_gpu(const int32_t* pointer) {
     int32_t value;
     asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
     return value;
+}
+
+__device__ __forceinline__ void store_float4(float* pointer, const float4& value, uint64_t policy) {
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer),
+                 "f"(value.x),
+                 "f"(value.y),
+                 "f"(value.z),
+                 "f"(value.w),
+                 "l"(policy)
+                 : "memory");
 }
 
 // What this thread wrote or saw written comes before what it writes next, for the whole GPU.

@@ -18,19 +18,25 @@ inline void check_cuda(cudaError_t status, const char* what) {
     }
 }
 
-inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-    static const auto encoder = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found{};
-        check_cuda(cudaGetDriverEntryPointByVersion(
-                       "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-                   "cuTensorMapEncodeTiled");
-        if (found != cudaDriverEntryPointSuccess) {
-            throw std::runtime_error("the CUDA driver has no cuTensorMapEncodeTiled (needs 12.0)");
-        }
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    }();
-    return encoder;
+// A function of CUDA 12.0's driver.
+template <class Function>
+Function driver_function(const char* name) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    check_cuda(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found),
+               name);
+    if (found != cudaDriverEntryPointSuccess) {
+        throw std::runtime_error(std::string("the CUDA driver has no ") + name + " (needs 12.0)");
+    }
+    return reinterpret_cast<Function>(function);
+}
+
+inline void check_tensor_map(const char* name, CUresult status) {
+    if (status != CUDA_SUCCESS) {
+        throw std::runtime_error(std::string(name) +
+                                 ": no tensor map can be made of it (CUresult " +
+                                 std::to_string(status) + ")");
+    }
 }
 
 // Innermost dimension first. strides_bytes[i] is the step of dimension i + 1.
@@ -48,25 +54,30 @@ template <int kRank>
 CUtensorMap encode_tensor_map(const char* name, const TensorMapSpec<kRank>& spec) {
     std::array<uint32_t, kRank> element_strides;
     element_strides.fill(1);
+    static const auto encode =
+        driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled");
     CUtensorMap map;
-    const CUresult status = tensor_map_encoder()(&map,
-                                                 spec.type,
-                                                 kRank,
-                                                 const_cast<void*>(spec.base),
-                                                 spec.sizes.data(),
-                                                 spec.strides_bytes.data(),
-                                                 spec.box.data(),
-                                                 element_strides.data(),
-                                                 CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                                 spec.swizzle,
-                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-                                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    if (status != CUDA_SUCCESS) {
-        throw std::runtime_error(std::string(name) +
-                                 ": no tensor map can be made of it (CUresult " +
-                                 std::to_string(status) + ")");
-    }
+    check_tensor_map(name,
+                     encode(&map,
+                            spec.type,
+                            kRank,
+                            const_cast<void*>(spec.base),
+                            spec.sizes.data(),
+                            spec.strides_bytes.data(),
+                            spec.box.data(),
+                            element_strides.data(),
+                            CU_TENSOR_MAP_INTERLEAVE_NONE,
+                            spec.swizzle,
+                            CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                            CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE));
     return map;
+}
+
+// The same tensor, elsewhere.
+inline void move_tensor_map(const char* name, CUtensorMap& map, const void* base) {
+    static const auto replace =
+        driver_function<PFN_cuTensorMapReplaceAddress_v12000>("cuTensorMapReplaceAddress");
+    check_tensor_map(name, replace(&map, const_cast<void*>(base)));
 }
 
 }  // namespace mk

@@ -30,8 +30,8 @@ struct CostModel {
     // One 64-token KV tile (73,728 bytes): the time that the memory system needs when
     // it does nothing else. SMs that stream at once share it.
     double partial_tile_us = 0.01603;  // 73,728 B at 4.6 TB/s
-    // The least time between two tiles of one SM, whatever the others do: a
-    // 64-row tile of MMA and softmax. Fewer rows are padded to 64.
+    // The least time between two tiles of one SM, whatever the others do: products and softmax. A
+    // partial of a narrow kernel that has one tile takes as long as with two.
     double partial_tile_compute_us = 1.45;
     // What every other SM that streams something else at the same time adds to that: loads take
     // longer to come back from a busy memory system, long before its bandwidth is used up.

@@ -74,7 +74,7 @@ class Estimate {
         const uint64_t tile =
             p_.tile_ns(p_.most_group_rows(), device_plan::smaller(cut.partials, workers));
         const uint64_t whole = device_plan::smaller(batch_.longest, even.longest_whole) * tile;
-        const uint64_t piece = even.tiles * tile;
+        const uint64_t piece = device_plan::larger(even.tiles, p_.least_tiles()) * tile;
         // Rows are rounded to slices; the more the more pieces they have.
         const uint32_t merged = merged_eighths(p_, cut) / 8 + batch_.longest / even.by_tiles / 4;
         const uint64_t merge = cut.slots == 0 ? 0 : merge_ns(merged);

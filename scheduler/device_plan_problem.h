@@ -118,6 +118,10 @@ struct DevicePlanProblem {
     MLA_HOST_DEVICE uint32_t most_group_rows() const {
         return static_cast<uint32_t>(device_plan::smaller(kMaxRows, max_rows()));
     }
+    // Tiles that take no longer than one.
+    MLA_HOST_DEVICE uint32_t least_tiles() const {
+        return most_group_rows() <= kNarrowRows ? kNarrowTilesAtOnce : 1;
+    }
     // Time per tile of a worker that works on `rows` rows while `streams` do.
     MLA_HOST_DEVICE uint32_t tile_ns([[maybe_unused]] uint32_t rows, uint32_t streams) const {
         const uint64_t contention = uint64_t{constants.contention_1024} * (streams - 1);

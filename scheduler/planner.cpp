@@ -76,7 +76,7 @@ bool complete(const Problem& problem,
     }
     const Forecast times = forecast(candidate.graph, num_leaves, candidate.leaf_timeline, cost);
     if (times.finish_us >= give_up_us) return false;
-    candidate.order = merge_reductions(candidate.leaf_order, candidate.graph, times);
+    candidate.order = append_reductions(candidate.leaf_order, candidate.graph, times);
     candidate.timeline =
         num_leaves <= problem.num_workers
             ? simulate_reductions(candidate.graph,

@@ -44,25 +44,16 @@ Forecast forecast(const TaskGraph& graph,
     return result;
 }
 
-std::vector<int32_t> merge_reductions(const std::vector<int32_t>& leaf_order,
-                                      const TaskGraph& graph,
-                                      const Forecast& forecast) {
-    const size_t num_leaves = leaf_order.size();
-    std::vector<int32_t> reductions(graph.tasks.size() - num_leaves);
-    std::iota(reductions.begin(), reductions.end(), static_cast<int32_t>(num_leaves));
-    const auto begins_earlier = [&forecast](int32_t a, int32_t b) {
+std::vector<int32_t> append_reductions(const std::vector<int32_t>& leaf_order,
+                                       const TaskGraph& graph,
+                                       const Forecast& forecast) {
+    std::vector<int32_t> order(graph.tasks.size());
+    const auto reductions = std::copy(leaf_order.begin(), leaf_order.end(), order.begin());
+    std::iota(reductions, order.end(), static_cast<int32_t>(leaf_order.size()));
+    std::stable_sort(reductions, order.end(), [&forecast](int32_t a, int32_t b) {
         return forecast.begin_us[a] < forecast.begin_us[b];
-    };
-    // Stable, and leaves win ties: a reader never overtakes an input that costs nothing.
-    std::stable_sort(reductions.begin(), reductions.end(), begins_earlier);
-    std::vector<int32_t> merged(graph.tasks.size());
-    std::merge(leaf_order.begin(),
-               leaf_order.end(),
-               reductions.begin(),
-               reductions.end(),
-               merged.begin(),
-               begins_earlier);
-    return merged;
+    });
+    return order;
 }
 
 }  // namespace mla

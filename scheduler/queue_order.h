@@ -23,10 +23,11 @@ Forecast forecast(const TaskGraph& graph,
                   const Timeline& leaves,
                   const CostModel& cost);
 
-// The leaves in their order, each reduction where its inputs are expected to be there.
-// A linear extension of the dependencies.
-std::vector<int32_t> merge_reductions(const std::vector<int32_t>& leaf_order,
-                                      const TaskGraph& graph,
-                                      const Forecast& forecast);
+// The leaves in their order, then the reductions in the order in which their inputs are expected to
+// be there: a linear extension of the dependencies. (A reduction under the streams of other SMs
+// takes twice as long as after them: each of its round trips to L2 waits behind their copies.)
+std::vector<int32_t> append_reductions(const std::vector<int32_t>& leaf_order,
+                                       const TaskGraph& graph,
+                                       const Forecast& forecast);
 
 }  // namespace mla

@@ -59,6 +59,14 @@ class EventFifo {
     size_t head_ = 0;
 };
 
+// Tiles that take no longer than one.
+double tiles_at_once(const TaskGraph& graph) {
+    const bool is_wide = std::any_of(graph.tasks.begin(), graph.tasks.end(), [](const Task& task) {
+        return task.opcode == Opcode::kMlaPartial && task.num_rows > kNarrowRows;
+    });
+    return is_wide ? 1 : kNarrowTilesAtOnce;
+}
+
 class Simulation {
   public:
     Simulation(const TaskGraph& graph,
@@ -70,6 +78,7 @@ class Simulation {
           order_(order),
           cost_(cost),
           partials_(partials),
+          least_tiles_(tiles_at_once(graph)),
           workers_(std::min<size_t>(num_workers, order.size())),
           sleepers_(graph.tasks.size()),
           waits_(graph.merges.size()),
@@ -143,7 +152,8 @@ class Simulation {
             const int32_t worker = begins.pop().worker;
             ++num_streams_;
             num_different_streams_ += 1.0 / task_of(worker).kv_sharing;
-            streaming_.push({tiles_done_ + num_kv_tiles(task_of(worker)), worker});
+            const double tiles = std::max(num_kv_tiles(task_of(worker)), least_tiles_);
+            streaming_.push({tiles_done_ + tiles, worker});
         } else {
             finish(ending_.pop().worker);
         }
@@ -245,6 +255,7 @@ class Simulation {
     const std::vector<int32_t>& order_;
     const CostModel& cost_;
     const Timeline* partials_;  // if their times are known
+    const double least_tiles_;  // that a partial takes the time of
     std::vector<Worker> workers_;
     std::vector<Sleepers> sleepers_;  // of each task
     std::vector<Wait> waits_;         // of each merge

@@ -16,26 +16,26 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-mla::DecodeLayout make_layout(bool fp16,
-                              int num_heads,
-                              int h_kv,
-                              int num_requests,
-                              int s_q,
-                              int total_tokens,
-                              int64_t q_nope_row_stride,
-                              int64_t q_pe_row_stride,
-                              int num_blocks,
-                              int block_size,
-                              const std::array<int64_t, 3>& latent_strides,
-                              const std::array<int64_t, 3>& rope_strides,
-                              int table_stride,
-                              const std::array<int64_t, 3>& lse_strides,
-                              int slot_rows,
-                              float softmax_scale,
-                              bool causal,
-                              bool lse_base2,
-                              float lse_empty,
-                              int device) {
+mla::Decoder make_decoder(bool fp16,
+                          int num_heads,
+                          int h_kv,
+                          int num_requests,
+                          int s_q,
+                          int total_tokens,
+                          int64_t q_nope_row_stride,
+                          int64_t q_pe_row_stride,
+                          int num_blocks,
+                          int block_size,
+                          const std::array<int64_t, 3>& latent_strides,
+                          const std::array<int64_t, 3>& rope_strides,
+                          int table_stride,
+                          const std::array<int64_t, 3>& lse_strides,
+                          int slot_rows,
+                          float softmax_scale,
+                          bool causal,
+                          bool lse_base2,
+                          float lse_empty,
+                          int device) {
     mla::DecodeLayout layout;
     layout.fp16 = fp16;
     layout.num_heads = num_heads;
@@ -57,10 +57,10 @@ mla::DecodeLayout make_layout(bool fp16,
     layout.lse_base2 = lse_base2;
     layout.lse_empty = lse_empty;
     layout.device = device;
-    return layout;
+    return mla::Decoder(layout);
 }
 
-void launch(const mla::DecodeLayout& layout,
+void launch(mla::Decoder& decoder,
             uintptr_t instructions,
             int num_instructions,
             uintptr_t timings,
@@ -106,7 +106,7 @@ void launch(const mla::DecodeLayout& layout,
     options.timeout_us =
         static_cast<uint32_t>(std::min<uint64_t>(spin_timeout_ns / 1000, 1u << 30));
     options.stream = reinterpret_cast<cudaStream_t>(stream);
-    mla::launch_decode(layout, p, options);
+    decoder.launch(p, options);
 }
 
 void plan(uintptr_t seq_lens,
@@ -211,8 +211,8 @@ PYBIND11_MODULE(_kernels, m) {
     m.def("device_name", &device_name, py::arg("device") = 0);
     m.def("take_error", &take_error, py::arg("device") = 0);
     m.def("plan", &plan);
-    py::class_<mla::DecodeLayout>(m, "DecodeLayout")
-        .def(py::init(&make_layout),
+    py::class_<mla::Decoder>(m, "DecodeLayout")
+        .def(py::init(&make_decoder),
              py::kw_only(),
              py::arg("fp16"),
              py::arg("num_heads"),
