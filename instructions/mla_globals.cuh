@@ -209,36 +209,15 @@ enum class NamedBarrier : int {
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
 
-// By whole warps: a warp that has parted would arrive bit by bit, and racecheck count each.
 __device__ __forceinline__ void barrier_sync(NamedBarrier barrier, int threads) {
-    __syncwarp();
     mk::ptx::named_barrier_sync(static_cast<int>(barrier), threads);
 }
 __device__ __forceinline__ void barrier_arrive(NamedBarrier barrier, int threads) {
     mk::ptx::named_barrier_arrive(static_cast<int>(barrier), threads);
 }
-// The barrier of one of the consumers' two warpgroups. Its number is a constant in either branch: a
-// kernel that has it in a register reserves all sixteen, and racecheck follows none of them.
-template <class Use>
-__device__ __forceinline__ void with_warpgroup_barrier(int warpgroup, Use use) {
-    constexpr int kFirst = static_cast<int>(NamedBarrier::kWarpgroupSynced);
-    if (warpgroup == 0) {
-        use(std::integral_constant<int, kFirst>{});
-    } else {
-        use(std::integral_constant<int, kFirst + 1>{});
-    }
-}
-__device__ __forceinline__ void sync_warpgroup(int warpgroup) {
-    with_warpgroup_barrier(
-        warpgroup, [](auto barrier) { mk::ptx::named_barrier_sync(barrier, kWarpgroupThreads); });
-}
-// The same; true for all if it is for any of them.
-__device__ __forceinline__ bool sync_warpgroup_any(int warpgroup, bool mine) {
-    bool any;
-    with_warpgroup_barrier(warpgroup, [&](auto barrier) {
-        any = mk::ptx::named_barrier_any(barrier, kWarpgroupThreads, mine);
-    });
-    return any;
+// The barrier of one of the consumers' warpgroups.
+__device__ __forceinline__ int warpgroup_barrier(int warpgroup) {
+    return static_cast<int>(NamedBarrier::kWarpgroupSynced) + warpgroup;
 }
 
 __device__ __forceinline__ bool is_first_lane() {

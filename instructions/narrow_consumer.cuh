@@ -53,7 +53,7 @@ struct NarrowConsumer {
         return __shfl_sync(~0u, mk::ptx::thread_in_cta() / kWarpgroupThreads, 0);
     }
     __device__ static void sync_warpgroup() {
-        mla::sync_warpgroup(mk::ptx::thread_in_cta() / kWarpgroupThreads);
+        mk::ptx::named_barrier_sync(warpgroup_barrier(group()), kWarpgroupThreads);
     }
 
     // ---- the tiles ------------------------------------------------------------------
@@ -65,19 +65,19 @@ struct NarrowConsumer {
                                   NarrowState& rows) {
         const PartialWork work(g, state.words());
         note_visible(g, state, work);
+        const int num_tiles = work.num_tiles, plain_tiles = work.num_plain_tiles(g);
         state.wait(Pages::kQFull, 0);
         if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
         const NarrowQ q(page_address(state, kQPage), g.q_box_rows);
-        for (int tile = group(); tile < PartialWork::num_tiles_of(state.words()); tile += kGroups) {
+        for (int tile = group(); tile < num_tiles; tile += kGroups) {
             NarrowScores s;
             score(g, state, s, q, tile);
-            // The first row sees the fewest positions.
-            if ((tile + 1) * kKvTile > scratch(state).visible[group()][0]) {
+            if (tile >= plain_tiles) {
                 hide_past(s, scratch(state).visible[group()], tile * kKvTile);
                 clear_past_length(state, tile);
             }
             absorb(g, state, s, o, rows);
-            add_products(state, o, tile);
+            add_products(state, o, tile, num_tiles);
         }
     }
 
@@ -122,7 +122,7 @@ struct NarrowConsumer {
                                   NarrowState& rows) {
         Scratch& shared = scratch(state);
         const bool exceeded = rows.is_exceeded(s, g.scale_log2);
-        if (sync_warpgroup_any(mk::ptx::thread_in_cta() / kWarpgroupThreads, exceeded)) {
+        if (mk::ptx::named_barrier_any(warpgroup_barrier(group()), kWarpgroupThreads, exceeded)) {
             rows.raise_max(s, o, g.scale_log2, shared.exchange[group()], [] { sync_warpgroup(); });
         }
         rows.weigh(s, shared.p[group()], g.scale_log2);
@@ -130,8 +130,10 @@ struct NarrowConsumer {
         sync_warpgroup();
     }
 
-    __device__ static void add_products(const State& state, NarrowOutput& o, int tile) {
-        const int num_tiles = PartialWork::num_tiles_of(state.words());
+    __device__ static void add_products(const State& state,
+                                        NarrowOutput& o,
+                                        int tile,
+                                        int num_tiles) {
         const NarrowPTile<Element>& p = scratch(state).p[group()];
         const int own = 2 * tile + group(), other = 2 * tile + (1 - group());
         accumulate<Element, 0>(o, p, page_address(state, Pages::page(own)));

@@ -74,7 +74,7 @@ class WideConsumer {
         Pages::wait_half(g, state, 2 * tile + half());
         clear_rows(half_page(state, tile), valid);
         mk::ptx::fence_proxy_async_smem();
-        sync_warpgroup(half());
+        mk::ptx::named_barrier_sync(warpgroup_barrier(half()), kWarpgroupThreads);
     }
 
     // By way of Q's pages: nothing reads Q after the scores of the last tile.

@@ -36,6 +36,9 @@ PAGE = "a page changes hands through `page_free`, after its last reader and writ
 HAND_OVER = "scorers and consumers take turns by kPReady, kPFree and kSumsReady"
 EXPLAINED = {
     frozenset({"decode", "word"}): RING_SLOT,
+    frozenset({"decode", "num_tiles_of"}): RING_SLOT,
+    frozenset({"decode", "PartialWork"}): RING_SLOT,
+    frozenset({"decode", "ReductionWork"}): RING_SLOT,
     frozenset({"decode", "physical_page"}): RING_SLOT,
     frozenset({"grant_pages", "physical_page"}): RING_SLOT,
     frozenset({"mbar_init", "mbar_arrive"}): RING_SLOT,
