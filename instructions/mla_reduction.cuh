@@ -51,6 +51,9 @@ struct MlaReduction {
                 state.record(mk::TimingWord::kLoadEnd);
                 state.arrive(kInputsReady);
             }
+            // The next instruction is drawn when this one begins: who draws ahead of that, while
+            // the flags are up, keeps reductions from SMs that have nothing to do.
+            state.wait(kInputsReady, 0);
         }
     };
 
