@@ -633,3 +633,25 @@ def test_cost_model_files_name_every_constant(path: Path) -> None:
     for kernel in ("cost", "narrow_cost"):
         assert set(document[kernel]) == set(COST.as_dict())
         CostModel.from_dict(document[kernel])
+
+
+def test_reductions_come_behind_all_partials() -> None:
+    """A reduction under the streams keeps its SM from streaming, so none is taken early."""
+    rng = np.random.default_rng(3)
+    plan = make_plan(rng.integers(300, 5000, 150).tolist(), heads=16, tokens=4)
+    opcodes = plan.instructions[:, 0]
+    assert opcode_count(plan, REDUCTION) > 0
+    assert opcode_count(plan, PARTIAL) > NUM_SMS  # some SMs have several
+    assert np.flatnonzero(opcodes == PARTIAL).max() < np.flatnonzero(opcodes == REDUCTION).min()
+
+
+def test_a_narrow_partial_of_one_tile_takes_as_long_as_with_two() -> None:
+    """Each warpgroup of a narrow kernel takes tiles of its own; a wide kernel's take all together."""
+    us = {
+        (heads, tiles): make_plan([64 * tiles] * 8, heads=heads, policy="unsplit").predicted_us
+        for heads in (16, 64)
+        for tiles in (1, 2, 3)
+    }
+    assert us[16, 1] == pytest.approx(us[16, 2])
+    assert us[16, 2] < us[16, 3]
+    assert us[64, 1] < us[64, 2]
