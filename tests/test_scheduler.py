@@ -646,7 +646,7 @@ def test_reductions_come_behind_all_partials() -> None:
 
 
 def test_a_narrow_partial_of_one_tile_takes_as_long_as_with_two() -> None:
-    """Each warpgroup of a narrow kernel takes tiles of its own; a wide kernel's take all together."""
+    """A narrow kernel's warpgroups have tiles of their own; a wide kernel's share every tile."""
     us = {
         (heads, tiles): make_plan([64 * tiles] * 8, heads=heads, policy="unsplit").predicted_us
         for heads in (16, 64)
