@@ -11,6 +11,7 @@ namespace mla {
 __device__ __forceinline__ void clear_rows(uint32_t page, int first) {
     constexpr int kChunks = kHalfBlocks * kBlockRowBytes / 16;  // of a row
     constexpr int kChunksPerBlock = kBlockRowBytes / 16;
+#pragma unroll 1
     for (int i = mk::ptx::thread_in_cta() % kWarpgroupThreads; i < (kKvTile - first) * kChunks;
          i += kWarpgroupThreads) {
         const int row = first + i / kChunks, chunk = i % kChunks;

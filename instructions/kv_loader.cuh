@@ -26,9 +26,9 @@ class BoxLoader {
           start_(work.start),
           end_(work.end),
           lane_(lane),
-          next_id_(look_up(0)) {
-        open_window(0);
-    }
+          id_(look_up(0)),
+          in_block_(g.place_in_block(position(0))),
+          next_id_(look_up(mk::kWarpThreads)) {}
 
     __device__ void begin_tile(int tile) {
         const int first = tile * kBoxes;
@@ -134,7 +134,7 @@ class RowLoader {
         const char* rope = rope_ + half * kRopeRowBytes;
 #pragma unroll
         for (int i = 0; i < kRowsPerLane; ++i) {
-#pragma unroll 4
+#pragma unroll 2
             for (int from = 0; from < mk::kWarpThreads; from += kRowsAtOnce) {
                 const int lane = from + lane_ / kLanesPerRow;  // that has looked the row up
                 const int row = i * mk::kWarpThreads + lane;

@@ -151,13 +151,6 @@ inline Strides byte_strides(const std::array<int64_t, 3>& s) {
     return {s[0] * kElementBytes, s[1] * kElementBytes, s[2] * kElementBytes};
 }
 
-// -1: not a power of two.
-inline int log2_exact(int x) {
-    int log2 = 0;
-    while (1 << log2 < x) ++log2;
-    return 1 << log2 == x ? log2 : -1;
-}
-
 // The highest box of KV positions that never crosses a block; 0: none.
 inline int kv_box_rows(const DecodeLayout& layout) {
     if (layout.num_kv_heads > 1 && layout.latent_strides[2] % kBlockCols != 0) return 0;
@@ -180,10 +173,14 @@ inline MlaGlobals shared_globals(const DecodeLayout& layout, const DecodePointer
     g.total_tokens = layout.total_tokens;
     g.s_q = layout.s_q;
     g.num_heads = layout.num_heads;
+    g.by_requests = Divisor::of(std::max(1, layout.num_requests));
+    g.by_tokens = Divisor::of(std::max(1, layout.total_tokens));
+    g.by_s_q = Divisor::of(std::max(1, layout.s_q));
+    g.by_heads = Divisor::of(layout.num_heads);
+    g.by_block_size = Divisor::of(layout.block_size);
     g.slot_rows = layout.slot_rows;
     g.block_size = layout.block_size;
     g.num_blocks = layout.num_blocks;
-    g.block_shift = detail::log2_exact(layout.block_size);
     g.table_stride = layout.table_stride;
     g.kv_box_rows = detail::kv_box_rows(layout);
     g.kv_head_step =

@@ -35,12 +35,14 @@ struct MlaFill {
             if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
             constexpr int kStoresPerRow = kLatentDim * kElementBytes / sizeof(uint4);
             uint4* out = reinterpret_cast<uint4*>(g.out) + first_row * kStoresPerRow;
+#pragma unroll 1
             for (int i = threadIdx.x; i < num_rows * kStoresPerRow; i += kConsumerThreads) {
                 out[i] = {0, 0, 0, 0};
             }
+#pragma unroll 1
             for (int row = threadIdx.x; row < num_rows; row += kConsumerThreads) {
                 const auto flat = static_cast<int>(first_row) + row;
-                g.store_lse(flat / g.num_heads, flat % g.num_heads, -INFINITY);
+                g.store_lse(flat, -INFINITY);
             }
             if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeEnd);
         }

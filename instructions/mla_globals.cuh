@@ -2,6 +2,7 @@
 // tile types that both the copy engine and the tensor cores agree on.
 #pragma once
 
+#include "instructions/divisor.h"
 #include "instructions/layout.h"
 #include "kittens.cuh"
 #include "megakernel/args.h"
@@ -96,7 +97,6 @@ struct MlaGlobals {
     int32_t num_blocks;
     int32_t kv_head_step;  // from one KV head's latent columns to the next one's, in swizzle blocks
     int32_t block_size;    // KV positions per block of the cache
-    int32_t block_shift;   // its logarithm; -1: no power of two
     int32_t kv_box_rows;   // 64 or 16 positions by the copy engine; 0: row by row
     int32_t q_box_rows;    // 64; in a narrow kernel a multiple of 8
     int32_t num_requests;
@@ -104,6 +104,7 @@ struct MlaGlobals {
     int32_t total_tokens;  // of one KV head
     int32_t s_q;
     int32_t num_heads;  // query heads per KV head
+    Divisor by_block_size, by_requests, by_tokens, by_s_q, by_heads;
     int32_t slot_rows;
     int32_t causal;
     int32_t lse_by_token;  // the LSE's place follows from the token, whatever the sequence
@@ -116,29 +117,33 @@ struct MlaGlobals {
         mk::ptx::prefetch_tensor_map(q_rope);
         mk::ptx::prefetch_tensor_map(kv_latent);
         mk::ptx::prefetch_tensor_map(kv_rope);
+        fetch_parameters();
+    }
+    // What follows is in no cache of the SM yet, and to read it as it comes up costs a round trip
+    // to L2 for every line. So all lines are read at once. (By an index that the compiler does not
+    // know to be 0, and to a purpose: or the loads would come one by one, or not at all.)
+    __device__ void fetch_parameters() const {
+        constexpr int kLineWords = 64 / sizeof(uint32_t);
+        const auto* words = reinterpret_cast<const uint32_t*>(this) + blockIdx.z;
+        uint32_t all = ~0u;
+#pragma unroll
+        for (int i = offsetof(MlaGlobals, megakernel) / sizeof(uint32_t);
+             i < sizeof(MlaGlobals) / sizeof(uint32_t);
+             i += kLineWords) {
+            all &= words[i];
+        }
+        if (all == ~0u) __nanosleep(1);
     }
 
     // Sequences go through the requests of KV head 0, then those of head 1, ...
+    __device__ int kv_head_of(int sequence) const { return by_requests.quotient(sequence); }
     __device__ int request_of(int sequence) const {
-        if (num_kv_heads == 1) [[likely]]
-            return sequence;
-        return sequence % num_requests;
-    }
-    __device__ int kv_head_of(int sequence) const {
-        if (num_kv_heads == 1) [[likely]]
-            return 0;
-        return sequence / num_requests;
+        return sequence - kv_head_of(sequence) * num_requests;
     }
     // Block of the cache that holds a position, counted in the request, and the place in it.
-    __device__ int block_of(int position) const {
-        if (block_shift >= 0) [[likely]]
-            return position >> block_shift;
-        return position / block_size;
-    }
+    __device__ int block_of(int position) const { return by_block_size.quotient(position); }
     __device__ int place_in_block(int position) const {
-        if (block_shift >= 0) [[likely]]
-            return position & (block_size - 1);
-        return position % block_size;
+        return position - block_of(position) * block_size;
     }
 
     __device__ TokenSpan tokens_of(int sequence) const {
@@ -154,22 +159,26 @@ struct MlaGlobals {
     __device__ int64_t scratch_row(int slot, int row) const {
         return static_cast<int64_t>(slot) * slot_rows + row % kMaxRows;
     }
-    __device__ void store_lse(int token, int head, float lse_log2) const {
+    // Of a row as the output counts it.
+    __device__ void store_lse(int flat_row, float lse_log2) const {
         if (lse == nullptr) return;
-        int64_t at = head * lse_head_stride;
+        const int token = by_heads.quotient(flat_row);
+        int64_t at = (flat_row - token * num_heads) * lse_head_stride;
         if (lse_by_token) {
             at += token * lse_token_stride;
         } else {
-            at += token / s_q * lse_sequence_stride + token % s_q * lse_token_stride;
+            const int sequence = by_s_q.quotient(token);
+            at += sequence * lse_sequence_stride + (token - sequence * s_q) * lse_token_stride;
         }
         lse[at] = lse_log2 == -INFINITY ? lse_empty : lse_log2 * lse_scale;
     }
-    // Logit of a head's attention sink in base 2; -inf without one.
-    __device__ float sink_log2(int token, int head) const {
+    // Logit of the attention sink of a row's head in base 2; -inf without one.
+    __device__ float sink_log2(int flat_row) const {
         constexpr float kLog2E = 1.4426950408889634f;
         if (attn_sink == nullptr) return -INFINITY;
-        const int kv_head = num_kv_heads == 1 ? 0 : token / total_tokens;
-        return __ldg(&attn_sink[kv_head * num_heads + head]) * kLog2E;
+        const int token = by_heads.quotient(flat_row), kv_head = by_tokens.quotient(token);
+        const int head = kv_head * num_heads + flat_row - token * num_heads;
+        return __ldg(&attn_sink[head]) * kLog2E;
     }
 };
 

@@ -33,8 +33,8 @@ struct MlaPartial {
                 return Config::kNumConsumerWarps + Config::kNumFeederWarps;
             }
             if (semaphore >= Pages::kKvEmpty) return kWarpgroupThreads / mk::kWarpThreads;
-            const bool copied_by_lanes = semaphore >= Pages::kKvFull && g.kv_box_rows == 0;
-            return copied_by_lanes ? mk::kWarpThreads : 1;
+            if (semaphore >= Pages::kKvFull && copied_by_lanes(g)) return mk::kWarpThreads;
+            return 1;
         }
         __device__ static int released_page(const MlaGlobals&, const int32_t* words, int k) {
             return Pages::released_page(PartialWork::num_tiles_of(words), k);
@@ -89,7 +89,7 @@ struct MlaPartial {
         __device__ static void run(const MlaGlobals& g, State& state) {
             if constexpr (!Config::kWholeTileBoxes) {
                 const PartialWork work(g, state.words());
-                if (g.kv_box_rows != 0 || 2 * work.num_tiles <= Pages::kRing) return;
+                if (!copied_by_lanes(g) || 2 * work.num_tiles <= Pages::kRing) return;
                 RowLoader kv(g, work, threadIdx.x % mk::kWarpThreads);
                 load_tiles(g, state, work, kv, mk::Role::kLauncher);
             }
@@ -129,11 +129,14 @@ struct MlaPartial {
         }
     }
 
+    __device__ static bool copied_by_lanes(const MlaGlobals& g) {
+        return !Config::kWholeTileBoxes && g.kv_box_rows == 0;
+    }
     // Copies row by row take two warps. Each has places of its own, because a wait tells phases of
     // a barrier apart only by seeing all of them; pages that come from the instruction before are
     // the loader's to wait for.
     __device__ static bool is_launchers(const MlaGlobals& g, int half_tile) {
-        return !Config::kWholeTileBoxes && g.kv_box_rows == 0 && Pages::place(half_tile) % 2 == 1 &&
+        return copied_by_lanes(g) && Pages::place(half_tile) % 2 == 1 &&
                !Pages::is_first_use(half_tile);
     }
 

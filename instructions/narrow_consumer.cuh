@@ -158,8 +158,7 @@ struct NarrowConsumer {
         rows.publish_sums(shared.exchange[group()], shared.max[group()]);
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         // Nobody reads Q any more: its page is for the output now.
-        float lse_log2 = 0.f;
-        if (is_rows_thread(work)) lse_log2 = weigh_groups(g, state, work);
+        finish_rows(g, state, work);
         merge(state, o, work.num_rows);
         if (writes_scratch(work.dst_batch)) {
             const int64_t row = g.scratch_row(scratch_slot(work.dst_batch), 0);
@@ -168,7 +167,6 @@ struct NarrowConsumer {
             const int64_t row = work.flat_row(g, 0);
             store(state, o, reinterpret_cast<Element*>(g.out) + row * kLatentDim, work.num_rows);
         }
-        if (is_rows_thread(work)) store_lse(g, work, lse_log2);
 
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
@@ -178,15 +176,14 @@ struct NarrowConsumer {
         if (first_lane) state.arrive(Pages::kOutputStored);
     }
 
-    // One thread per row looks after its LSE and its weights.
-    __device__ static bool is_rows_thread(const PartialWork& work) {
-        return mk::ptx::thread_in_cta() < work.num_rows;
-    }
-    __device__ static float weigh_groups(const MlaGlobals& g,
-                                         const State& state,
-                                         const PartialWork& work) {
+    // A thread of each warpgroup for every row: the first one's looks after the weights, the second
+    // one's after the LSE.
+    __device__ static void finish_rows(const MlaGlobals& g,
+                                       const State& state,
+                                       const PartialWork& work) {
+        const int row = mk::ptx::thread_in_cta() % kWarpgroupThreads;
+        if (row >= work.num_rows) return;
         Scratch& shared = scratch(state);
-        const int row = mk::ptx::thread_in_cta();
         const float top = fmaxf(shared.max[0][row], shared.max[1][row]);
         float factor[kGroups], total = 0.f;
 #pragma unroll
@@ -198,24 +195,26 @@ struct NarrowConsumer {
             total += factor[group] * sum;
         }
         const bool seen = total > 0.f;
-        const float lse_log2 = seen ? top + __log2f(total) : -INFINITY;
+        if (mk::ptx::thread_in_cta() >= kWarpgroupThreads) {
+            store_lse(g, work, row, seen ? top + __log2f(total) : -INFINITY);
+            return;
+        }
         if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
-            const int flat = work.flat_row(g, row);
-            const float sink_log2 = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
+            const float sink_log2 = g.sink_log2(work.flat_row(g, row));
             total += mk::ptx::exp2_approx(sink_log2 - RowState::finite(top));
         }
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
         shared.factor[0][row] = factor[0] * inverse;
         shared.factor[1][row] = factor[1] * inverse;
-        return lse_log2;
     }
-    __device__ static void store_lse(const MlaGlobals& g, const PartialWork& work, float lse_log2) {
-        const int row = mk::ptx::thread_in_cta();
+    __device__ static void store_lse(const MlaGlobals& g,
+                                     const PartialWork& work,
+                                     int row,
+                                     float lse_log2) {
         if (writes_scratch(work.dst_batch)) {
             g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), row)] = lse_log2;
         } else {
-            const int flat = work.flat_row(g, row);
-            g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
+            g.store_lse(work.flat_row(g, row), lse_log2);
         }
     }
 
@@ -341,11 +340,17 @@ struct NarrowConsumer {
             constexpr int kTogether = kWarpgroupThreads / kVectorsPerRow;  // rows
             const int row = thread / kVectorsPerRow, vector = thread % kVectorsPerRow;
             T* to = dst + (first * 8 + row) * kLatentDim + vector * (16 / sizeof(T));
+            float4 v[kRowsAtOnce / kTogether];
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce; i += kTogether) {
-                const float4 v =
-                    mk::ptx::load_smem_float4(staged + (row + i) * kPitch + vector * 16);
-                if (first * 8 + row + i < num_rows) store_16_bytes(to + i * kLatentDim, v);
+            for (int i = 0; i < kRowsAtOnce / kTogether; ++i) {
+                v[i] = mk::ptx::load_smem_float4(staged + (row + i * kTogether) * kPitch +
+                                                 vector * 16);
+            }
+#pragma unroll
+            for (int i = 0; i < kRowsAtOnce / kTogether; ++i) {
+                if (first * 8 + row + i * kTogether < num_rows) {
+                    store_16_bytes(to + i * kTogether * kLatentDim, v[i]);
+                }
             }
         }
     }

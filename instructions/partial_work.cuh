@@ -33,7 +33,7 @@ struct PartialWork {
     // KV positions that a row of the group may see: [0, visible).
     __device__ int visible(const MlaGlobals& g, int row) const {
         if (!g.causal || tokens.count == 1) return min(end, length);
-        return min(end, length - tokens.count + (first_row + row) / g.num_heads + 1);
+        return min(end, length - tokens.count + g.by_heads.quotient(first_row + row) + 1);
     }
     // The row as q and the output count it.
     __device__ int flat_row(const MlaGlobals& g, int row) const {

@@ -1,10 +1,9 @@
 // The consumers of a reduction: sixteen teams of sixteen threads. A team sums chunks, 64 columns of
 // one row each, over the inputs; where there are fewer chunks than teams, several teams share one.
 //
-// The copy engine brings the inputs from L2 into pages: what threads load themselves waits in a
-// queue that holds some 30 KB per SM, however many loads they begin. And the code stays a few short
-// loops: it runs once or twice in a launch, and instructions that are not in the SM's cache yet
-// cost more than what they do.
+// The copy engine brings the inputs from L2 into pages, up to three batches at a time. The code
+// stays a few short loops: it runs once or twice in a launch, and such code costs what its
+// instructions cost to fetch.
 #pragma once
 
 #include "instructions/reduction_work.cuh"
@@ -27,7 +26,7 @@ class ReductionConsumer {
     static constexpr int kBatchLog2 = 4;
     static constexpr int kBatch = 1 << kBatchLog2;
     static_assert(kBatch == kTeamThreads);
-    static constexpr int kBatchesAtOnce = 3;
+    static constexpr int kBatchesAtOnce = kReductionBatches;
 
   public:
     __device__ static void run(const MlaGlobals& g, const State& state) {
@@ -139,14 +138,16 @@ class ReductionConsumer {
     // Which of the inputs of a shared chunk are this team's: part, part + 2^sharing_log2, ...
     __device__ int part() const { return team >> kTeamsLog2 - sharing_log2; }
 
+    // Batch by batch, with the copies of the next ones on their way.
     __device__ void merge() const {
         Step step, ahead;
         float lse_log2[kBatchesAtOnce];  // of the lane's pair, -inf if there is none
-#pragma unroll
-        for (int i = 0; i + 1 < kBatchesAtOnce; ++i) lse_log2[i] = copy_next(ahead);
         Sum sum;
-        while (step.turn < num_turns) {
+        for (int begun = 1; step.turn < num_turns; ++begun) {
+#pragma unroll
+            for (int i = 0; i + 1 < kBatchesAtOnce; ++i) lse_log2[i] = lse_log2[i + 1];
             lse_log2[kBatchesAtOnce - 1] = copy_next(ahead);
+            if (begun < kBatchesAtOnce) continue;
             state.wait(kBatchCopied + step.place(), step.phase());
             if (sharing_log2 == 0 && batches_per_chunk == 1) {
                 finish_chunks(step, lse_log2[0]);
@@ -157,8 +158,6 @@ class ReductionConsumer {
                 }
             }
             advance(step);
-#pragma unroll
-            for (int i = 0; i + 1 < kBatchesAtOnce; ++i) lse_log2[i] = lse_log2[i + 1];
         }
         if (sharing_log2 > 0) add_up_shared(sum);
     }
@@ -334,8 +333,7 @@ class ReductionConsumer {
         if (row < work.num_rows) {
             float sink_log2 = -INFINITY;
             if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
-                const int flat = work.flat_row + row;
-                sink_log2 = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
+                sink_log2 = g.sink_log2(work.flat_row + row);
             }
             scratch(state).sink_log2[row] = sink_log2;
         }
@@ -386,8 +384,7 @@ class ReductionConsumer {
             const int slot = scratch_slot(work.dst_batch);
             g.lse_log2_scratch[g.scratch_row(slot, work.first_row + row)] = lse_log2;
         } else if (work.col_begin == 0) {
-            const int flat = work.flat_row + row;
-            g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
+            g.store_lse(work.flat_row + row, lse_log2);
         }
     }
 };

@@ -41,11 +41,13 @@ struct ReductionWork {
     __device__ int row_of_chunk(int chunk) const { return chunk * rows_per_chunk >> 16; }
 };
 
+inline constexpr int kReductionBatches = 3;  // that have a place in the pages
+
 enum ReductionSemaphore {
     kInputsReady = 0,  // their flags are up, and the pages free in which they wait for their turn
     kResultStored,     // consumers have written their part
     kBatchCopied,      // + place of a batch in the pages: its inputs are there
-    kNumReductionSemaphores = kBatchCopied + 3,
+    kNumReductionSemaphores = kBatchCopied + kReductionBatches,
 };
 
 }  // namespace mla

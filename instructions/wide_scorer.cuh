@@ -114,8 +114,7 @@ class WideScorer {
         float sink_log2[2] = {-INFINITY, -INFINITY};
         if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
             for (int i = 0; i < 2; ++i) {
-                const int flat = work.flat_row(g, min(row + 8 * i, work.num_rows - 1));
-                sink_log2[i] = g.sink_log2(flat / g.num_heads, flat % g.num_heads);
+                sink_log2[i] = g.sink_log2(work.flat_row(g, min(row + 8 * i, work.num_rows - 1)));
             }
         }
         return rows.inverse_sum(sink_log2);
@@ -131,8 +130,7 @@ class WideScorer {
             if (writes_scratch(work.dst_batch)) {
                 g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), own)] = lse_log2;
             } else {
-                const int flat = work.flat_row(g, own);
-                g.store_lse(flat / g.num_heads, flat % g.num_heads, lse_log2);
+                g.store_lse(work.flat_row(g, own), lse_log2);
             }
         }
     }

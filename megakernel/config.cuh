@@ -20,6 +20,7 @@ inline constexpr int kHopperRegisters = 64 * 1024;
 // too, with a share of registers of their own: they prepare what consumers need next. A program may
 // do without.
 enum class Role : int { kConsumer = 0, kController, kLoader, kStorer, kLauncher, kFeeder };
+inline constexpr int kNumRoles = 6;
 
 struct DefaultConfig {
     static constexpr int kNumConsumerWarps = 8;

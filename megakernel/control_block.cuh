@@ -34,6 +34,7 @@ struct ControlBlock {
     uint64_t page_free[Config::kNumSmemPages];        // the instruction before has let go of it
 
     int32_t epoch;
+    int32_t wait_of_role[kNumRoles];  // what it waits for, see Watchdog::note; 0: nothing
     CtaFailure failure;
 
     static_assert(Config::kNumSmemPages <= 8, "physical_page holds eight entries");

@@ -56,18 +56,34 @@ class Controller {
             decode(globals, state, ticket, goes_on ? word : kOpcodeEndOfQueue);
         }
         if (is_first_lane) leave_queue(args.queue, state.control().epoch);
+        watch_the_rest(state);
     }
 
   private:
+    // An instruction, counted as this CTA runs them, is done.
+    __device__ static bool wait_retired(const State<Config>& state, int index) {
+        const int slot = index % Config::kInstructionRing;
+        return state.wait_watching(ptx::smem_address(&state.control().retired[slot]),
+                                   (index / Config::kInstructionRing) & 1,
+                                   WaitKind::kRetired,
+                                   slot);
+    }
+
+    // The clock is watched until the last instruction is done.
+    __device__ static void watch_the_rest(const State<Config>& state) {
+        const int end = state.index();
+        for (int i = max(0, end - Config::kInstructionRing + 1); i < end; ++i) {
+            wait_retired(state, i);
+        }
+    }
+
     // Waits until the instruction that had this slot is done, and takes its semaphores down.
     __device__ static bool retire_slot(State<Config>& state) {
         const int lane = threadIdx.x % kWarpThreads;
         if (state.index() < Config::kInstructionRing) return true;
         const int slot = state.slot();
         ControlBlock<Config>& control = state.control();
-        const uint32_t parity = (state.index() / Config::kInstructionRing + 1) & 1;
-        const bool ok = state.wait_local(
-            ptx::smem_address(&control.retired[slot]), parity, WaitKind::kRetired, slot);
+        const bool ok = wait_retired(state, state.index() - Config::kInstructionRing);
         if (lane < control.num_semaphores[slot]) ptx::mbar_invalidate(state.semaphore(lane));
         __syncwarp();
         return __all_sync(~0u, ok);
@@ -75,10 +91,10 @@ class Controller {
 
     __device__ static void wait_prefetch_gate(State<Config>& state) {
         const int slot = state.slot();
-        state.wait_local(ptx::smem_address(&state.control().loads_issued[slot]),
-                         (state.index() / Config::kInstructionRing) & 1,
-                         WaitKind::kPrefetchGate,
-                         slot);
+        state.wait_watching(ptx::smem_address(&state.control().loads_issued[slot]),
+                            (state.index() / Config::kInstructionRing) & 1,
+                            WaitKind::kPrefetchGate,
+                            slot);
         __syncwarp();
     }
 
@@ -93,20 +109,19 @@ class Controller {
         const int slot = state.slot();
         grant_pages(globals, state, lane);
         control.words[slot][lane] = word;
-        if (lane == 0) {
-            control.ticket[slot] = ticket;
-            control.num_semaphores[slot] = 0;
-        }
+        if (lane == 0) control.ticket[slot] = ticket;
         __syncwarp();
         const bool known =
             opcode == kOpcodeEndOfQueue ||
             Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
                 static_assert(Op::kNumSemaphores <= Config::kSemaphoresPerInstruction);
-                if (lane < Op::kNumSemaphores) {
-                    ptx::mbar_init(state.semaphore(lane),
-                                   Op::Controller::arrival_count(globals, lane));
+                // By one lane: the hardware takes mbarriers to build from one lane after the other.
+                if (!ptx::elect_lane()) return;
+#pragma unroll
+                for (int i = 0; i < Op::kNumSemaphores; ++i) {
+                    ptx::mbar_init(state.semaphore(i), Op::Controller::arrival_count(globals, i));
                 }
-                if (lane == 0) control.num_semaphores[slot] = Op::kNumSemaphores;
+                control.num_semaphores[slot] = Op::kNumSemaphores;
             });
         if (!known && lane == 0) {
             state.watchdog().raise(

@@ -21,6 +21,7 @@ __device__ void init_control_block() {
     for (int page = 0; page < Config::kNumSmemPages; ++page) {
         ptx::mbar_init(ptx::smem_address(&control.page_free[page]), Config::kPageReleaseArrivals);
     }
+    for (int32_t& wait : control.wait_of_role) wait = 0;
     control.failure.raised = 0;
     ptx::fence_mbar_init();
 }

@@ -27,7 +27,8 @@ constexpr int retire_arrivals() {  // one per warp but the controller's
 
 template <Role kRole, class Config, class Ops, class Globals>
 __device__ void run_role(const Globals& globals, State<Config>& state) {
-    const int lane = threadIdx.x % kWarpThreads;
+    // (Not kept over an instruction: registers are what loaders and consumers are short of.)
+    const auto is_first_lane = [] { return ptx::thread_in_cta() % kWarpThreads == 0; };
     for (;; state.advance()) {
         const int slot = state.slot();
         ControlBlock<Config>& control = state.control();
@@ -42,11 +43,14 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
             RoleOf<kRole, Op>::run(globals, state);
             __syncwarp();
-            if (kRole == Op::kPrefetchGate && lane == 0) {
+            if (kRole == Op::kPrefetchGate && is_first_lane()) {
                 ptx::mbar_arrive(ptx::smem_address(&control.loads_issued[slot]));
             }
         });
-        if (lane == 0) ptx::mbar_arrive(ptx::smem_address(&control.retired[slot]));
+        if (is_first_lane()) {
+            state.watchdog().clear_note();
+            ptx::mbar_arrive(ptx::smem_address(&control.retired[slot]));
+        }
     }
 }
 

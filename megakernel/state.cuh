@@ -146,26 +146,28 @@ class State {
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
     __device__ const Watchdog<Config>& watchdog() const { return watchdog_; }
 
-    // Between two looks at the clock and at the others' failures a wait asks many times: those
-    // looks would only keep it from seeing at once that it is over.
-    __device__ bool wait_local(uint32_t mbar, uint32_t parity, WaitKind kind, int index) const {
-        constexpr int kTries = 32;
-        for (uint32_t start = 0;;) {
-#pragma unroll 1
-            for (int i = 0; i < kTries; ++i) {
-                if (ptx::mbar_try_wait(mbar, parity)) [[likely]]
-                    return true;
-            }
-            if (start == 0) start = coarse_time();
-            if (watchdog_.expired(start,
-                                  slot(),
-                                  kind,
-                                  index,
-                                  static_cast<int>(parity),
-                                  static_cast<int>(parity ^ 1))) [[unlikely]] {
+    // A role's wait for another one of its CTA.
+    __device__ __forceinline__ bool wait_local(uint32_t mbar,
+                                               uint32_t parity,
+                                               WaitKind kind,
+                                               int index) const {
+        while (!ptx::mbar_try_wait(mbar, parity)) {
+            watchdog_.note(slot(), kind, index, parity);
+            if (watchdog_.failed()) [[unlikely]]
                 return false;
-            }
         }
+        return true;
+    }
+    // The controller's, which watches the clock for all of them.
+    __device__ bool wait_watching(uint32_t mbar, uint32_t parity, WaitKind kind, int slot) const {
+        uint32_t start = 0;
+        while (!ptx::mbar_try_wait(mbar, parity)) {
+            if (start == 0) start = coarse_time();
+            const auto expected = static_cast<int>(parity);
+            if (watchdog_.expired(start, slot, kind, slot, expected, expected ^ 1)) [[unlikely]]
+                return false;
+        }
+        return true;
     }
 
   private:

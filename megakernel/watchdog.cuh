@@ -2,6 +2,11 @@
 // time marks the CTA, then the launch, as failed; from then on every wait
 // returns at once. Control flow never depends on it, so all roles walk to the
 // end of their instruction, barriers stay matched, and the CTA leaves cleanly.
+//
+// Two waits look at the clock: those for other CTAs, and the controller's, which last until all
+// roles of its CTA are done. When roles wait for each other, they note what for and look whether
+// the CTA has failed, no more: what a wait could do instead of ending lies in the way of every
+// instruction fetched behind it.
 #pragma once
 
 #include "control_block.cuh"
@@ -23,9 +28,21 @@ class Watchdog {
         return *static_cast<volatile int32_t*>(&control().failure.raised) != 0;
     }
 
+    // Of a role, in every turn of a spin.
+    __device__ __forceinline__ void note(int slot,
+                                         WaitKind kind,
+                                         int index,
+                                         uint32_t parity) const {
+        control().wait_of_role[static_cast<int>(role_)] =
+            static_cast<int>(kind) << 24 | slot << 20 | static_cast<int>(parity) << 16 | index;
+    }
+    __device__ __forceinline__ void clear_note() const {
+        control().wait_of_role[static_cast<int>(role_)] = 0;
+    }
+
     // To be asked in every turn of a spin that began at `start`. True: give up. Waits that another
-    // CTA ends get the time limit, local ones twice that, so that the record names the cause and
-    // not its echo.
+    // CTA ends get the time limit, the controller's twice that, so that the record names the cause
+    // and not its echo.
     __device__ __forceinline__ bool expired(
         uint32_t start, int slot, WaitKind kind, int index, int expected, int seen) const {
         if (failed()) [[unlikely]]
@@ -38,16 +55,19 @@ class Watchdog {
         const bool other_failed =
             ptx::load_relaxed_gpu(&args_.queue->failed_epoch) == control().epoch;
         if (!other_failed && elapsed < limit) return false;
-        raise(slot, kind, index, expected, seen, other_failed ? kElsewhere : kHere);
+        const bool is_first =
+            raise(slot, kind, index, expected, seen, other_failed ? kElsewhere : kHere);
+        if (is_first && role_ == Role::kController) blame_role();
         return true;
     }
 
     enum Cause { kHere = 1, kElsewhere = 2 };
 
-    __device__ __forceinline__ void raise(
+    // False: there has been a failure before.
+    __device__ __forceinline__ bool raise(
         int slot, WaitKind kind, int index, int expected, int seen, Cause cause) const {
         CtaFailure& failure = control().failure;
-        if (atomicCAS(&failure.raised, 0, static_cast<int>(cause)) != 0) return;
+        if (atomicCAS(&failure.raised, 0, static_cast<int>(cause)) != 0) return false;
         failure.role = static_cast<int32_t>(role_);
         failure.slot = slot;
         failure.wait_kind = static_cast<int32_t>(kind);
@@ -55,10 +75,30 @@ class Watchdog {
         failure.expected = expected;
         failure.seen = seen;
         ptx::store_relaxed_gpu(&args_.queue->failed_epoch, control().epoch);
+        return true;
     }
 
   private:
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
+
+    // The controller waits because a role does: the first one with a note, in the order in which
+    // roles wait for each other.
+    __device__ static void blame_role() {
+        CtaFailure& failure = control().failure;
+        for (const Role role :
+             {Role::kLoader, Role::kLauncher, Role::kFeeder, Role::kConsumer, Role::kStorer}) {
+            const int32_t note = control().wait_of_role[static_cast<int>(role)];
+            const int kind = note >> 24;
+            if (kind == 0 || kind == static_cast<int>(WaitKind::kInstruction)) continue;
+            failure.role = static_cast<int32_t>(role);
+            failure.slot = note >> 20 & 0xf;
+            failure.wait_kind = kind;
+            failure.index = note & 0xffff;
+            failure.expected = note >> 16 & 1;
+            failure.seen = failure.expected ^ 1;
+            return;
+        }
+    }
 
     // Below this much waiting nobody looks at global memory.
     static constexpr uint32_t kQuietUnits = 1000;

@@ -24,8 +24,8 @@ Forecast forecast(const TaskGraph& graph,
                   const CostModel& cost);
 
 // The leaves in their order, then the reductions in the order in which their inputs are expected to
-// be there: a linear extension of the dependencies. (A reduction under the streams of other SMs
-// takes twice as long as after them: each of its round trips to L2 waits behind their copies.)
+// be there: a linear extension of the dependencies. (In the midst of the streams reductions keep
+// SMs from streaming: calls of many of them took 7% longer so, on an H200.)
 std::vector<int32_t> append_reductions(const std::vector<int32_t>& leaf_order,
                                        const TaskGraph& graph,
                                        const Forecast& forecast);
