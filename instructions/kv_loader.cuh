@@ -40,11 +40,15 @@ class BoxLoader {
         }
     }
 
-    __device__ void load_half(int tile, int half, uint32_t page, uint32_t full) const {
+    // One lane waits and asks, so that what it asks with is ready before the wait ends.
+    template <class WaitPlace>
+    __device__ void load_half(
+        int tile, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {
         if (!mk::ptx::elect_lane()) return;
         // A box that begins past the end is left out, and what it would hold never used.
         const int positions = end_ - start_ - tile * kKvTile;
         const int num_boxes = kBoxes == 1 ? 1 : min(kBoxes, (positions + kRows - 1) / kRows);
+        if (!wait_place()) return;
         mk::ptx::mbar_arrive_expect_tx(full, num_boxes * kRows * kHalfRowBytes);
 #pragma unroll
         for (int box = 0; box < kBoxes; ++box) {
@@ -129,7 +133,11 @@ class RowLoader {
 
     // Four rows at a time, eight lanes a row: 128 bytes of each swizzle block, then the first four
     // lanes of each row its rope.
-    __device__ void load_half(int, int half, uint32_t page, uint32_t full) const {
+    template <class WaitPlace>
+    __device__ void load_half(
+        int, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {
+        const bool is_free = wait_place();
+        if (!__all_sync(~0u, is_free)) return;
         const char* latent = latent_ + half * kHalfLatent * kElementBytes;
         const char* rope = rope_ + half * kRopeRowBytes;
 #pragma unroll

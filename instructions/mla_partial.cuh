@@ -160,8 +160,9 @@ struct MlaPartial {
             for (int half = 0; half < 2; ++half) {
                 const int i = 2 * tile + half;
                 if (is_launchers(g, i) != (role == mk::Role::kLauncher)) continue;
-                const bool ok = Pages::wait_place(state, i);
-                if (__all_sync(~0u, ok)) kv.load_half(tile, half, page[half], full[half]);
+                kv.load_half(tile, half, page[half], full[half], [&] {
+                    return Pages::wait_place(state, i);
+                });
             }
             __syncwarp();
         }

@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = []
     for index in range(arguments.runs):
         runs.append(measure(random_batch(rng)))
+        torch.cuda.empty_cache()  # each graph keeps memory of its own
         print(f"\r{index + 1}/{arguments.runs}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
