@@ -3,6 +3,8 @@
 python -m benchmarks.bench [--serving] [--shapes NAME ...] [--file FILE] [--random N --seed S]
                            [--impls NAME ...] [--out FILE] [--report FOLDER]
 python -m benchmarks.bench --planning
+python -m benchmarks.bench --step [--layers N] [--shapes NAME ...] [--file FILE]
+                           [--random N --seed S]
 
 `python -m mla_decode bench` is the same. A file of shapes is a list in JSON:
 [{"name": "mine", "seq_lens": [4096, 100], "new_tokens": 1, "num_heads": 16}, ...],
@@ -23,13 +25,14 @@ from pathlib import Path
 import torch
 
 from benchmarks import planning, report
-from benchmarks.implementations import IMPLEMENTATIONS
+from benchmarks.implementations import IMPLEMENTATIONS, STEPS
 from benchmarks.measure import REPLAYS, Row, measure
 from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape, random_shapes, read_shapes
 
 ALL_SHAPES = {**SHAPES, **SERVING_SHAPES}
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "mla_decode"
+LAYERS = 61  # of DeepSeek-V3
 HEADER = (
     f"{'shape':<28} {'impl':<15} {'us':>8} {'GB/s':>7} {'TFLOP/s':>8} {'x floor':>8} {'rel err':>8}"
 )
@@ -101,6 +104,25 @@ def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[R
     return rows
 
 
+def run_steps(shapes: list[Shape], layers: int, replays: int) -> list[Row]:
+    """Measure and print decode steps of so many layers, planned on the GPU; return the rows."""
+    print(title())
+    print(f"one decode step of {layers} layers, planning on the GPU included, ms")
+    print(f"{'shape':<28} " + " ".join(f"{impl:>12}" for impl in STEPS) + "  times as long as ours")
+    rows = []
+    for shape in with_progress(shapes):
+        measured = measure(shape, list(STEPS), replays=replays, layers=layers)
+        cells = [
+            f"{row.us / 1e3:12.3f}" if math.isfinite(row.us) and not row.error else f"{'–':>12}"
+            for row in measured
+        ]
+        why = "".join(f"  ** {row.impl}: {row.error}" for row in measured if row.error)
+        print(f"{shape.name:<28} " + " ".join(cells) + f"  {speedups(measured)}{why}", flush=True)
+        rows += measured
+        torch.cuda.empty_cache()
+    return rows
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="MLA decode beside its peers")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(ALL_SHAPES)}")
@@ -108,6 +130,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--serving", action="store_true", help="block sizes, mixed batches, batch invariance"
     )
     parser.add_argument("--planning", action="store_true", help="planning on the GPU instead")
+    parser.add_argument(
+        "--step", action="store_true", help="decode steps of --layers layers instead of calls"
+    )
+    parser.add_argument("--layers", type=int, default=LAYERS, help="of a step (DeepSeek-V3 has 61)")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="random batches instead")
     parser.add_argument("--seed", type=int, default=0, help="of the random batches")
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME")
@@ -122,6 +148,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         arguments.from_file = read_shapes(arguments.file) if arguments.file else []
     except (OSError, ValueError) as error:
         parser.error(f"--file: {error}")
+    if arguments.layers < 1:
+        parser.error(f"--layers: expected at least 1, got {arguments.layers}")
     unknown = set(arguments.shapes or []) - set(ALL_SHAPES)
     if unknown:
         parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(ALL_SHAPES)}")
@@ -139,6 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     table = SERVING_SHAPES if arguments.serving else SHAPES
     others = arguments.from_file + random_shapes(arguments.random, arguments.seed)
     chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if others else table)] + others
+    if arguments.step:
+        rows = run_steps(chosen, arguments.layers, arguments.replays)
+        return 1 if any(row.error for row in rows if row.impl == OURS) else 0
     rows = run(chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
     if arguments.out:
         kept = [row.as_json() for row in rows if math.isfinite(row.us) and not row.error]

@@ -2,7 +2,8 @@
 
 An implementation prepares a case (plans, allocates). Its ``call(i)`` enqueues the operation on copy
 ``i`` and returns the output, shaped as the case's reference; under CUDA-graph capture that tensor
-stays where it is, so a replay writes it again.
+stays where it is, so a replay writes it again. Of a decode step planning is a part, on the GPU:
+``plan()`` enqueues it, before the calls of all layers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class Prepared:
     """An implementation made ready for one case."""
 
     call: Callable[[int], torch.Tensor]
+    plan: Callable[[], object] = lambda: None
     synchronize: Callable[[], None] = torch.cuda.synchronize  # raises what a launch reported
 
 
@@ -53,8 +55,36 @@ def mla_decode(case: Case) -> Prepared:
         list(shape.tokens) if shape.is_mixed else shape.new_tokens,
         batch_invariant=shape.batch_invariant,
     )
-    workspace = plan.workspace(case.seq_lens.device)
-    cu_seqlens_q = case.cu_seqlens_q if shape.is_mixed else None
+    calls = decode_calls(package, case, plan, plan.workspace(case.seq_lens.device))
+    return Prepared(calls, synchronize=package.synchronize)
+
+
+def mla_decode_step(case: Case) -> Prepared:
+    """Prepare the megakernel for steps that plan on the GPU."""
+    package = import_or_explain("mla_decode", "mla_decode")
+    shape = case.shape
+    if shape.is_mixed or shape.batch_invariant:
+        raise NotOfferedError("a step is measured with as many new tokens for all requests")
+    plan = package.DevicePlan(
+        len(shape.seq_lens),
+        shape.num_heads,
+        shape.new_tokens,
+        max_seq_len=max(shape.seq_lens),
+        device=case.seq_lens.device,
+    )
+    plan.update(case.seq_lens)
+    return Prepared(
+        decode_calls(package, case, plan, plan.workspace()),
+        plan=lambda: plan.update(case.seq_lens),
+        synchronize=package.synchronize,
+    )
+
+
+def decode_calls(
+    package: Any, case: Case, plan: object, workspace: object
+) -> Callable[[int], torch.Tensor]:
+    """The megakernel's decode of copy ``i``, by ``plan``."""
+    cu_seqlens_q = case.cu_seqlens_q if case.shape.is_mixed else None
 
     def call(i: int) -> torch.Tensor:
         out, _ = package.decode(
@@ -69,21 +99,30 @@ def mla_decode(case: Case) -> Prepared:
         )
         return out
 
-    return Prepared(call, package.synchronize)
+    return call
 
 
 def flash_mla(case: Case) -> Prepared:
     """Prepare FlashMLA (wheel sgl-flash-mla). The first call fills the scheduling metadata."""
+    return Prepared(flash_mla_step(case).call)
+
+
+def flash_mla_step(case: Case) -> Prepared:
+    """Prepare FlashMLA for steps: the first call with new metadata plans."""
     shape = case.shape
     if shape.block_size != FLASH_MLA_BLOCK_SIZE or shape.is_mixed or shape.batch_invariant:
         raise NotOfferedError("flash_mla: blocks of 64, as many new tokens for all requests")
     flash = import_or_explain("flash_mla", "sgl-flash-mla")
     metadata, _ = flash.get_mla_metadata()
 
+    def plan() -> None:
+        nonlocal metadata
+        metadata, _ = flash.get_mla_metadata()
+
     def call(i: int) -> torch.Tensor:
         return call_flash_mla(flash, case, i, metadata)
 
-    return Prepared(call)
+    return Prepared(call, plan)
 
 
 def call_flash_mla(flash: Any, case: Case, i: int, metadata: object) -> torch.Tensor:
@@ -145,4 +184,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Case], Prepared]] = {
     "mla_decode": mla_decode,
     "flash_mla": flash_mla,
     "flashinfer_fa3": flashinfer_fa3,
+}
+# FlashInfer plans on the host: no graph can hold a step of it.
+STEPS: dict[str, Callable[[Case], Prepared]] = {
+    "mla_decode": mla_decode_step,
+    "flash_mla": flash_mla_step,
 }

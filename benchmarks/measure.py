@@ -24,7 +24,7 @@ from benchmarks.case import (
     number_of_copies,
     relative_error,
 )
-from benchmarks.implementations import IMPLEMENTATIONS, NotOfferedError
+from benchmarks.implementations import IMPLEMENTATIONS, STEPS, NotOfferedError, Prepared
 from benchmarks.shapes import Shape
 
 REPLAYS = 20
@@ -71,33 +71,35 @@ def describe(error: Exception) -> str:
 
 
 class Capture:
-    """One implementation's calls on all copies, in a graph that replays them in order."""
+    """One implementation's calls on copies, in a graph that replays them in order."""
 
-    def __init__(self, case: Case, impl: str, calls_per_copy: int) -> None:
-        self.prepared = IMPLEMENTATIONS[impl](case)  # keeps plans and workspaces alive
-        call = self.prepared.call
+    def __init__(self, case: Case, prepared: Prepared, order: list[int]) -> None:
+        self.prepared = prepared  # keeps plans and workspaces alive
+        call = prepared.call
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # lazy initialisation happens outside the capture
+            prepared.plan()
             for i in range(case.copies):
                 call(i)
         torch.cuda.current_stream().wait_stream(stream)
         self.prepared.synchronize()
         self.case = case
-        self.order = list(range(case.copies)) * calls_per_copy
+        self.order = order
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, stream=stream):
+            prepared.plan()
             self.outputs = [call(i) for i in self.order]
         self.times_us: list[float] = []
 
     def replay(self) -> float:
-        """Replay once and return microseconds per call."""
+        """Replay once and return microseconds."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3 / len(self.order)
+        return start.elapsed_time(end) * 1e3
 
     def poison(self) -> None:
         for out in self.outputs:
@@ -111,8 +113,14 @@ class Capture:
         )
 
 
-def measure(shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int = 0) -> list[Row]:
-    """Time ``impls`` on one shape; one row each, in that order."""
+def measure(
+    shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int = 0, layers: int = 0
+) -> list[Row]:
+    """Time ``impls`` on one shape; one row each, in that order.
+
+    Microseconds are of one call, planned before; with ``layers`` of a decode step of so many calls,
+    planned on the GPU.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     l2_bytes: int = properties.L2_cache_size
@@ -122,12 +130,17 @@ def measure(shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int
         copies=number_of_copies(shape.kv_bytes, l2_bytes, properties.total_memory // 3),
         seed=seed,
     )
-    rounds = calls_per_copy(case.copies, shape.kv_bytes, l2_bytes)
+    order = list(range(case.copies)) * calls_per_copy(case.copies, shape.kv_bytes, l2_bytes)
+    if layers:
+        order = [i % case.copies for i in range(layers)]
+    prepare = STEPS if layers else IMPLEMENTATIONS
     rows = {impl: Row(shape, impl) for impl in impls}
     captures: dict[str, Capture] = {}
     for impl in impls:
+        if impl not in prepare:
+            continue
         try:
-            captures[impl] = Capture(case, impl, rounds)
+            captures[impl] = Capture(case, prepare[impl](case), order)
         except NotOfferedError:
             continue
         except Exception as error:  # one implementation less, the others go on
@@ -144,8 +157,8 @@ def measure(shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int
             capture.times_us.append(capture.replay())
     for impl, capture in captures.items():
         row = rows[impl]
-        row.us = statistics.median(capture.times_us)
-        row.replays_us = capture.times_us
+        row.replays_us = [us if layers else us / len(order) for us in capture.times_us]
+        row.us = statistics.median(row.replays_us)
         row.rel_err = capture.error()
         try:
             capture.prepared.synchronize()

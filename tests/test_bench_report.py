@@ -16,6 +16,7 @@ from benchmarks.shapes import SHAPES, read_shapes
 from tools.results import FOLDER
 
 H200 = FOLDER / "nvidia-h200.json"
+US = (900.0, 990.0)
 PICTURES = ["multiples.png", "roofline.png", "latency.png"]
 
 
@@ -102,3 +103,31 @@ def test_a_missing_file_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         bench.main(["--file", "nowhere.json"])
     assert "--file: " in capsys.readouterr().err
+
+
+def test_a_step_is_printed_beside_its_peer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(shape: object, impls: list[str], *, replays: int, layers: int) -> list[Row]:
+        assert (impls, replays, layers) == (["mla_decode", "flash_mla"], 3, 61)
+        rows = [
+            Row(SHAPES["B8_1k_q1_h16"], impl, us=us) for impl, us in zip(impls, US, strict=True)
+        ]
+        if shape is SHAPES["imb4_q4_h16"]:
+            rows[1].error = "wrong output"
+        return rows
+
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench, "title", lambda: "a GPU")
+    monkeypatch.setattr(bench.torch.cuda, "empty_cache", lambda: None)
+    bench.run_steps([SHAPES["B8_1k_q1_h16"], SHAPES["imb4_q4_h16"]], 61, 3)
+    good, bad = capsys.readouterr().out.splitlines()[-2:]
+    assert good.split() == ["B8_1k_q1_h16", "0.900", "0.990", "1.10x", "flash_mla"]
+    assert "0.990" not in bad
+    assert "flash_mla: wrong output" in bad
+
+
+def test_layers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["--step", "--layers", "0"])
+    assert "--layers: expected at least 1, got 0" in capsys.readouterr().err

@@ -21,6 +21,8 @@ from mla_decode.measure import timing_records
 from mla_decode.reference import Case, attention, compare, make_case
 from mla_decode.words import INSTRUCTION_WORDS, Noop, Partial, Reduction
 
+from benchmarks.measure import measure as benchmark
+from benchmarks.shapes import Shape
 from tests.support import Launch, pack, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -489,3 +491,10 @@ def test_what_needs_the_host_is_refused_during_capture() -> None:
         for message, arguments, options in refused:
             with pytest.raises(UnsupportedError, match=message):
                 mla_decode.decode(*inputs, *arguments, **options)
+
+
+def test_a_step_of_layers_plans_in_its_graph() -> None:
+    shape = Shape("step", (700, 65, 3000), 2, 16)
+    (row,) = benchmark(shape, ["mla_decode"], replays=3, layers=5)
+    assert not row.error
+    assert 0 < row.us < 10_000
