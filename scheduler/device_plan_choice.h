@@ -82,9 +82,11 @@ class Estimate {
         // Workers take one after the other, the longest first.
         const uint64_t next = p_.cost.partial_next;
         const uint64_t late = cut.slots == 0 ? piece / 8 : piece / 2;
-        const uint64_t waves = (cut.full + workers - 1) / p_.constants.workers * (next + piece);
-        return saturated(device_plan::larger(waves, share_ns(cut.partials, tile) + tile + late) +
-                         merge);
+        const uint64_t waves = num_waves(cut.full) * (next + piece);
+        const uint64_t share = share_ns(cut.partials, tile) + tile + late;
+        // None is longer than a piece: as many waves as there are, all of them full, are the most.
+        const uint64_t most = num_waves(cut.partials) * (next + piece);
+        return saturated(device_plan::smaller(device_plan::larger(waves, share), most) + merge);
     }
 
     // A line of all sequences, cut where a worker's share of it ends.
@@ -105,6 +107,9 @@ class Estimate {
   private:
     MLA_HOST_DEVICE static bool is_whole(uint32_t candidate) {
         return candidate == 0 || candidate == device_plan::kCandidates - 1;
+    }
+    MLA_HOST_DEVICE uint32_t num_waves(uint32_t partials) const {
+        return (partials + p_.num_workers - 1) / p_.constants.workers;
     }
     // What a worker does of so many partials.
     MLA_HOST_DEVICE uint64_t share_ns(uint32_t partials, uint64_t tile) const {
