@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -75,6 +76,33 @@ def table_lines(rows: list[Row]) -> list[str]:
     return lines
 
 
+def summary(rows: list[Row]) -> str:
+    """Return how our times compare with the faster peer's over shapes that both have."""
+    times: dict[str, dict[str, float]] = {}
+    shapes = {row.shape.name: row.shape for row in rows}
+    for row in rows:
+        if math.isfinite(row.us) and not row.error:
+            times.setdefault(row.shape.name, {})[row.impl] = row.us
+    ratios = {
+        name: min(us for impl, us in of.items() if impl != OURS) / of[OURS]
+        for name, of in times.items()
+        if OURS in of and len(of) > 1
+    }
+    lines = []
+    for which, names in (
+        ("all", list(ratios)),
+        ("memory-bound", [name for name in ratios if shapes[name].is_memory_bound]),
+    ):
+        if len(names) > 1:
+            mean = statistics.geometric_mean(ratios[name] for name in names)
+            least = min(names, key=ratios.__getitem__)
+            lines.append(
+                f"{which}, {len(names)} shapes: the faster peer takes {mean:.2f} times as long as "
+                f"ours (geometric mean), at least {ratios[least]:.2f} ({least})"
+            )
+    return "\n".join(lines)
+
+
 def title() -> str:
     """What the figures are of."""
     name, cuda = torch.cuda.get_device_name(), torch.version.cuda
@@ -101,6 +129,8 @@ def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[R
         print("\n".join(table_lines(measured)), flush=True)
         rows += measured
         torch.cuda.empty_cache()
+    if compared := summary(rows):
+        print(compared)
     return rows
 
 

@@ -64,9 +64,18 @@ class Shape:
         return 2 * self.num_heads * (HEAD_DIM + LATENT_DIM) * pairs
 
     @property
+    def stream_us(self) -> float:
+        return LAUNCH_US + self.bytes / BYTES_PER_US
+
+    @property
+    def is_memory_bound(self) -> bool:
+        """Streaming the bytes takes longer than doing the arithmetic."""
+        return self.stream_us >= self.flop / FLOP_PER_US
+
+    @property
     def model_floor_us(self) -> float:
         """The limit by formula: the slower of streaming the bytes and doing the arithmetic."""
-        return max(LAUNCH_US + self.bytes / BYTES_PER_US, self.flop / FLOP_PER_US)
+        return max(self.stream_us, self.flop / FLOP_PER_US)
 
     @property
     def floor_us(self) -> float:

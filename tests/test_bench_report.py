@@ -131,3 +131,19 @@ def test_layers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.parse(["--step", "--layers", "0"])
     assert "--layers: expected at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_summary_compares_with_the_faster_peer() -> None:
+    def row(shape: str, impl: str, us: float, error: str = "") -> Row:
+        return Row(SHAPES[shape], impl, us=us, error=error)
+
+    bound = ("B8_1k_q1_h16", "B1_64k_q1_h16")  # by memory
+    rows = [row(shape, "mla_decode", 10.0) for shape in (*bound, "B128_8k_q2_h128", "imb4_q4_h16")]
+    rows += [row(bound[0], "flash_mla", 20.0), row(bound[0], "flashinfer_fa3", 40.0)]
+    rows += [row(bound[1], "flash_mla", 5.0), row(bound[1], "flashinfer_fa3", 1.0, "wrong output")]
+    rows += [row("B128_8k_q2_h128", "flash_mla", 80.0)]  # imb4 has no peer
+    whole, memory = bench.summary(rows).splitlines()
+    assert whole.startswith("all, 3 shapes: the faster peer takes 2.00 times")
+    assert memory.startswith("memory-bound, 2 shapes: the faster peer takes 1.00 times")
+    assert memory.endswith("at least 0.50 (B1_64k_q1_h16)")
+    assert bench.summary(rows[:4]) == ""
