@@ -153,6 +153,12 @@ def run_steps(shapes: list[Shape], layers: int, replays: int) -> list[Row]:
     return rows
 
 
+def exit_code(rows: list[Row]) -> int:
+    """Return 1 if an output was wrong or ours did not run."""
+    wrong = [row for row in rows if row.error and (row.impl == OURS or math.isfinite(row.us))]
+    return 1 if wrong else 0
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="MLA decode beside its peers")
     parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(ALL_SHAPES)}")
@@ -178,6 +184,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         arguments.from_file = read_shapes(arguments.file) if arguments.file else []
     except (OSError, ValueError) as error:
         parser.error(f"--file: {error}")
+    if arguments.step and (arguments.out or arguments.report or arguments.impls):
+        parser.error("--step prints a table of its own: no --out, --report or --impls")
     if arguments.layers < 1:
         parser.error(f"--layers: expected at least 1, got {arguments.layers}")
     unknown = set(arguments.shapes or []) - set(ALL_SHAPES)
@@ -198,16 +206,14 @@ def main(argv: list[str] | None = None) -> int:
     others = arguments.from_file + random_shapes(arguments.random, arguments.seed)
     chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if others else table)] + others
     if arguments.step:
-        rows = run_steps(chosen, arguments.layers, arguments.replays)
-        return 1 if any(row.error for row in rows if row.impl == OURS) else 0
+        return exit_code(run_steps(chosen, arguments.layers, arguments.replays))
     rows = run(chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
     if arguments.out:
         kept = [row.as_json() for row in rows if math.isfinite(row.us) and not row.error]
         arguments.out.write_text(json.dumps(kept, indent=1) + "\n")
     if arguments.report:
         print(f"report: {report.write_report(arguments.report, rows, title())}")
-    wrong = [row for row in rows if row.error and (row.impl == OURS or math.isfinite(row.us))]
-    return 1 if wrong else 0
+    return exit_code(rows)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,23 @@ def test_a_step_is_printed_beside_its_peer(
     assert "flash_mla: wrong output" in bad
 
 
+@pytest.mark.parametrize("other", [["--out", "x"], ["--report", "x"], ["--impls", "flash_mla"]])
+def test_a_step_refuses_what_it_would_ignore(
+    other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["--step", *other])
+    assert "--step prints a table of its own" in capsys.readouterr().err
+
+
+def test_a_wrong_output_of_a_peer_fails_too() -> None:
+    shape = SHAPES["B8_1k_q1_h16"]
+    assert bench.exit_code([Row(shape, "mla_decode", us=1.0), Row(shape, "flash_mla", us=1.0)]) == 0
+    assert bench.exit_code([Row(shape, "flash_mla", us=1.0, error="wrong output")]) == 1
+    assert bench.exit_code([Row(shape, "flash_mla", error="not installed")]) == 0
+    assert bench.exit_code([Row(shape, "mla_decode", error="did not run")]) == 1
+
+
 def test_layers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.parse(["--step", "--layers", "0"])

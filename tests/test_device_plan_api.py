@@ -508,7 +508,6 @@ def test_eager_calls_cost_the_host_15_us_at_most(gpu: Any) -> None:
                 for _ in range(25):
                     call()
                 times.append((time.perf_counter() - started) / 25 * 1e6)
-            # The least, as timeit has it: what is above is other processes' doing.
-            figures[name] = min(times)
+            figures[name] = sorted(times)[len(times) // 2]
     print("host time of an eager call, us:", figures)
     assert max(figures.values()) <= 15, figures

@@ -150,25 +150,15 @@ def history(path: Path) -> list[Path]:
 
 
 def losses(
-    new: list[dict[str, Any]], old: list[dict[str, Any]], impl: str = IMPLS[0], peer: str = IMPLS[1]
+    new: list[dict[str, Any]], old: list[dict[str, Any]], impl: str = IMPLS[0]
 ) -> dict[str, float]:
-    """Return how many times as long the shapes take that got slower by more than noise.
-
-    GPUs of one kind differ in their clocks by up to 8%, so a shape has lost only if it has lost
-    beside ``peer`` too, where both runs measured that.
-    """
-
-    def times(rows: list[dict[str, Any]], of: str) -> dict[str, float]:
-        return {row["shape"]: row["us"] for row in rows if row["impl"] == of}
-
-    after, before = times(new, impl), times(old, impl)
-    peer_after, peer_before = times(new, peer), times(old, peer)
-    ratios = {}
-    for shape in after.keys() & before.keys():
-        ratios[shape] = after[shape] / before[shape]
-        if shape in peer_after and shape in peer_before:
-            slower_gpu = peer_after[shape] / peer_before[shape]
-            ratios[shape] /= max(1.0, slower_gpu)
+    """Return how many times as long the shapes take that got slower by more than noise."""
+    before = {row["shape"]: row["us"] for row in old if row["impl"] == impl}
+    ratios = {
+        row["shape"]: row["us"] / before[row["shape"]]
+        for row in new
+        if row["impl"] == impl and row["shape"] in before
+    }
     return {shape: ratio for shape, ratio in ratios.items() if ratio > NOISE}
 
 

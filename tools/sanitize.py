@@ -36,14 +36,6 @@ PAGE = "a page changes hands through `page_free`, after its last reader and writ
 HAND_OVER = "scorers and consumers take turns by kPReady, kPFree and kSumsReady"
 NOTE = "notes of what a role waits for are for the watchdog; whoever comes last may have the word"
 EXPLAINED = {
-    # `decode` is a part of `megakernel` where a CTA's first instruction is decoded.
-    frozenset({"megakernel", "word"}): RING_SLOT,
-    frozenset({"megakernel", "num_tiles_of"}): RING_SLOT,
-    frozenset({"megakernel", "PartialWork"}): RING_SLOT,
-    frozenset({"megakernel", "ReductionWork"}): RING_SLOT,
-    frozenset({"megakernel", "physical_page"}): RING_SLOT,
-    frozenset({"megakernel", "mbar_try_wait"}): RING_SLOT,
-    frozenset({"megakernel", "note"}): NOTE,
     frozenset({"note"}): NOTE,
     frozenset({"note", "clear_note"}): NOTE,
     frozenset({"decode", "word"}): RING_SLOT,
