@@ -2,8 +2,8 @@
 // columns, weighted by their log-sum-exps.
 //
 //     loader     waits for the pages
-//     launcher   waits for the inputs' flags
-//     consumers  sum, see reduction_consumer.cuh
+//     consumers  wait for the inputs' flags and sum, see reduction_consumer.cuh
+//     launcher   lets the next instruction come when all flags have been seen
 //     storer     raises the flag when the result is an input of another reduction
 #pragma once
 
@@ -21,8 +21,7 @@ struct MlaReduction {
 
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals&, int semaphore) {
-            // The inputs' flags are the launcher's to watch, the pages the loader's.
-            return semaphore == kInputsReady ? 2 : Config::kNumConsumerWarps;
+            return semaphore == kPagesFree ? 1 : Config::kNumConsumerWarps;
         }
         __device__ static int released_page(const MlaGlobals&, const int32_t*, int k) { return k; }
     };
@@ -32,28 +31,17 @@ struct MlaReduction {
             const int lane = threadIdx.x % mk::kWarpThreads;
             if (lane < Config::kNumSmemPages) state.wait_page(lane);
             __syncwarp();
-            if (lane == 0) state.arrive(kInputsReady);
+            if (lane == 0) state.arrive(kPagesFree);
         }
     };
 
     struct Launcher {
-        __device__ static void run(const MlaGlobals& g, State& state) {
-            const int lane = threadIdx.x % mk::kWarpThreads;
-            const ReductionWork work(g, state.words());
-            if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
-            // Lane l waits for inputs l, l + 32, ...
-            const int count = (work.num_inputs - lane + mk::kWarpThreads - 1) / mk::kWarpThreads;
-            state.wait_done_flags(g.done_flags, count, 0, [&](int i) {
-                return work.slot(lane + i * mk::kWarpThreads);
-            });
-            __syncwarp();
-            if (lane == 0) {
-                state.record(mk::TimingWord::kLoadEnd);
-                state.arrive(kInputsReady);
-            }
-            // The next instruction is drawn when this one begins: who draws ahead of that, while
-            // the flags are up, keeps reductions from SMs that have nothing to do.
-            state.wait(kInputsReady, 0);
+        __device__ static void run(const MlaGlobals&, State& state) {
+            if (is_first_lane()) state.record(mk::TimingWord::kLoadBegin);
+            // The next instruction is drawn when this one has its inputs: who draws ahead of that
+            // keeps reductions from SMs that have nothing to do.
+            state.wait(kInputsSeen, 0);
+            if (is_first_lane()) state.record(mk::TimingWord::kLoadEnd);
         }
     };
 

@@ -32,9 +32,7 @@ class ReductionConsumer {
     __device__ static void run(const MlaGlobals& g, const State& state) {
         const Work work(g, state.words());
         note_sinks(g, state, work);
-        state.wait(kInputsReady, 0);
-        mk::ptx::fence_proxy_async_global();
-        if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
+        state.wait(kPagesFree, 0);
         ReductionConsumer(g, state, work).merge();
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
@@ -91,6 +89,7 @@ class ReductionConsumer {
     const int team = threadIdx.x / kTeamThreads, lane = threadIdx.x % kTeamThreads;
     // Powers of two, by their logarithms: what runs once has no time for divisions.
     int sharing_log2;       // teams that share a chunk
+    int own_inputs;         // of each of them
     int width_log2;         // inputs of a chunk that a batch holds, padded
     int num_pairs;          // of a batch, those included
     int batches_per_chunk;  // more than one only if a batch holds a single chunk
@@ -103,7 +102,7 @@ class ReductionConsumer {
         while (num_chunks << sharing_log2 + 1 <= kTeams && 1 << sharing_log2 < num_inputs) {
             ++sharing_log2;
         }
-        const int own_inputs = rounded_up(num_inputs, sharing_log2);
+        own_inputs = rounded_up(num_inputs, sharing_log2);
         width_log2 = 0;
         while (1 << width_log2 < min(own_inputs, kBatch)) ++width_log2;
         batches_per_chunk = rounded_up(own_inputs, kBatchLog2);
@@ -135,7 +134,7 @@ class ReductionConsumer {
         const int own = (step.turn << kBatchLog2) + pair >> width_log2;
         return (team & side_by_side() - 1) + own * kTeams;
     }
-    // Which of the inputs of a shared chunk are this team's: part, part + 2^sharing_log2, ...
+    // Which of the inputs of a shared chunk are this team's: own_inputs from part * own_inputs on.
     __device__ int part() const { return team >> kTeamsLog2 - sharing_log2; }
 
     // Batch by batch, with the copies of the next ones on their way.
@@ -148,6 +147,7 @@ class ReductionConsumer {
             for (int i = 0; i + 1 < kBatchesAtOnce; ++i) lse_log2[i] = lse_log2[i + 1];
             lse_log2[kBatchesAtOnce - 1] = copy_next(ahead);
             if (begun < kBatchesAtOnce) continue;
+            if (step.index == 0 && threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
             state.wait(kBatchCopied + step.place(), step.phase());
             if (sharing_log2 == 0 && batches_per_chunk == 1) {
                 finish_chunks(step, lse_log2[0]);
@@ -184,24 +184,24 @@ class ReductionConsumer {
         }
         const float lse_log2 = copy(step);
         advance(step);
+        if (step.turn == num_turns && is_first_lane()) state.arrive(kInputsSeen);
         return lse_log2;
     }
     // The lane's pair; the first of teams whose chunks follow each other in a row copies for all.
     __device__ float copy(const Step& step) const {
         const int own_chunk = chunk_of(step, lane);
         const int own_input = step.batch * kBatch + (lane & (1 << width_log2) - 1);
-        const int input = (own_input << sharing_log2) + part();
-        const bool exists =
-            lane < num_pairs && own_chunk < work.num_chunks() && input < work.num_inputs;
+        const int input = part() * own_inputs + own_input;
+        const bool exists = lane < num_pairs && own_chunk < work.num_chunks() &&
+                            own_input < own_inputs && input < work.num_inputs;
         uint32_t bytes = 0;
+        int slot = 0, at = 0;
         const float* columns = nullptr;
-        float lse_log2 = -INFINITY;
         if (exists) {
             const int row = work.row_of_chunk(own_chunk);
             const int col = own_chunk - row * work.chunks_per_row();
-            const int at = work.slot(input) * g.slot_rows + (work.first_row + row) % kMaxRows;
-            // Past L1: a line may have been read in an earlier launch.
-            lse_log2 = __ldcg(g.lse_log2_scratch + at);
+            slot = work.slot(input);
+            at = slot * g.slot_rows + (work.first_row + row) % kMaxRows;
             columns = g.o_scratch + static_cast<int64_t>(at) * kLatentDim + work.col_begin +
                       col * kColumnChunk;
             const int place = team & side_by_side() - 1;
@@ -215,9 +215,16 @@ class ReductionConsumer {
         const uint32_t warp_bytes = __reduce_add_sync(~0u, bytes);
         if (is_first_lane()) mk::ptx::mbar_arrive_expect_tx(copied, warp_bytes);
         __syncwarp();
-        if (bytes > 0) {
-            mk::ptx::bulk_load(address(step, lane), columns, bytes, copied, mk::ptx::kEvictFirst);
-        }
+        float lse_log2 = -INFINITY;
+        state.watch_done_flags(g.done_flags, slot, exists, [&] {
+            mk::ptx::fence_proxy_async_global();
+            if (bytes > 0) {
+                mk::ptx::bulk_load(
+                    address(step, lane), columns, bytes, copied, mk::ptx::kEvictFirst);
+            }
+            // Past L1: a line may have been read in an earlier launch.
+            lse_log2 = __ldcg(g.lse_log2_scratch + at);
+        });
         return lse_log2;
     }
 

@@ -44,9 +44,10 @@ struct ReductionWork {
 inline constexpr int kReductionBatches = 3;  // that have a place in the pages
 
 enum ReductionSemaphore {
-    kInputsReady = 0,  // their flags are up, and the pages free in which they wait for their turn
-    kResultStored,     // consumers have written their part
-    kBatchCopied,      // + place of a batch in the pages: its inputs are there
+    kPagesFree = 0,  // in which inputs wait for their turn
+    kInputsSeen,     // consumers have seen the flags of all inputs
+    kResultStored,   // and have written their part
+    kBatchCopied,    // + place of a batch in the pages: its inputs are there
     kNumReductionSemaphores = kBatchCopied + kReductionBatches,
 };
 

@@ -233,6 +233,13 @@ __device__ __forceinline__ int32_t load_relaxed_gpu(const int32_t* pointer) {
     return value;
 }
 
+// What was written before the flag that it reads is seen after it.
+__device__ __forceinline__ int32_t load_acquire_gpu(const int32_t* pointer) {
+    int32_t value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory");
+    return value;
+}
+
 __device__ __forceinline__ void store_float4(float* pointer, const float4& value, uint64_t policy) {
     asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(pointer),
                  "f"(value.x),

@@ -84,40 +84,36 @@ class State {
 
     // Waits until the flag carries this launch's epoch, then sees what was written before it.
     __device__ bool wait_done_flag(const int32_t* flag, int index) const {
-        return wait_done_flags(flag, 1, index, [](int) { return 0; });
-    }
-
-    // The same for flags[place(0)], ..., flags[place(count - 1)], asked for side by side. A failure
-    // names index + place.
-    template <class Place>
-    __device__ bool wait_done_flags(const int32_t* flags, int count, int index, Place place) const {
-        constexpr int kAtOnce = 4;
         const int32_t epoch = control().epoch;
-        uint32_t start = 0;
-        for (int first = 0; first < count;) {
-            int32_t seen[kAtOnce];
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                const int at = min(first + i, count - 1);
-                seen[i] = ptx::load_relaxed_gpu(&flags[place(at)]);
-            }
-            int raised = 0, other = epoch;
-#pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) {
-                if (raised == i && seen[i] == epoch) ++raised;
-                if (raised == i) other = seen[i];
-            }
-            first += raised;
-            if (raised == kAtOnce || first >= count) continue;
+        for (uint32_t start = 0;;) {
+            const int32_t seen = ptx::load_acquire_gpu(flag);
+            if (seen == epoch) return true;
             if (start == 0) start = coarse_time();
-            if (watchdog_.expired(
-                    start, slot(), WaitKind::kDoneFlag, index + place(first), epoch, other))
+            if (watchdog_.expired(start, slot(), WaitKind::kDoneFlag, index, epoch, seen))
                 [[unlikely]] {
                 return false;
             }
         }
-        ptx::fence_acq_rel_gpu();
-        return true;
+    }
+
+    // The same for a warp whose lanes wait for flags of their own, or for none: each calls use() as
+    // soon as its flag is up.
+    template <class Use>
+    __device__ bool watch_done_flags(const int32_t* flags, int own, bool waits, Use use) const {
+        const int32_t epoch = control().epoch;
+        for (uint32_t start = 0;;) {
+            const int32_t seen = waits ? ptx::load_acquire_gpu(&flags[own]) : epoch;
+            if (waits && seen == epoch) {
+                waits = false;
+                use();
+            }
+            if (__all_sync(~0u, !waits)) return true;
+            if (start == 0) start = coarse_time();
+            const bool expired =
+                waits && watchdog_.expired(start, slot(), WaitKind::kDoneFlag, own, epoch, seen);
+            if (__any_sync(~0u, expired)) [[unlikely]]
+                return false;
+        }
     }
 
     // Raises a flag for all that this thread wrote, and all that it has seen written.

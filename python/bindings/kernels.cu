@@ -5,6 +5,7 @@
 
 #include "instructions/mla_decode.cuh"
 #include "python/bindings/device_plan.h"
+#include "python/bindings/tensor_reader.h"
 #include "scheduler/device_plan.cuh"
 
 namespace py = pybind11;
@@ -58,55 +59,6 @@ mla::Decoder make_decoder(bool fp16,
     layout.lse_empty = lse_empty;
     layout.device = device;
     return mla::Decoder(layout);
-}
-
-void launch(mla::Decoder& decoder,
-            uintptr_t instructions,
-            int num_instructions,
-            uintptr_t timings,
-            uintptr_t queue_state,
-            uintptr_t q_nope,
-            uintptr_t q_pe,
-            uintptr_t latent,
-            uintptr_t rope,
-            uintptr_t block_ids,
-            uintptr_t kv_indptr,
-            uintptr_t cu_seqlens_q,
-            uintptr_t out,
-            uintptr_t lse,
-            uintptr_t attn_sink,
-            uintptr_t o_scratch,
-            uintptr_t lvec_scratch,
-            uintptr_t completion_flag,
-            int tic,
-            int num_ctas,
-            uint64_t spin_timeout_ns,
-            uintptr_t stream) {
-    mla::DecodePointers p{};
-    p.instructions = pointer<void>(instructions);
-    p.num_instructions = num_instructions;
-    p.timings = pointer<void>(timings);
-    p.queue_state = pointer<void>(queue_state);
-    p.q_nope = pointer<void>(q_nope);
-    p.q_pe = pointer<void>(q_pe);
-    p.latent = pointer<void>(latent);
-    p.rope = pointer<void>(rope);
-    p.block_ids = pointer<void>(block_ids);
-    p.kv_indptr = pointer<void>(kv_indptr);
-    p.cu_seqlens_q = pointer<void>(cu_seqlens_q);
-    p.out = pointer<void>(out);
-    p.lse = pointer<void>(lse);
-    p.attn_sink = pointer<void>(attn_sink);
-    p.o_scratch = pointer<void>(o_scratch);
-    p.lse_log2_scratch = pointer<void>(lvec_scratch);
-    p.done_flags = pointer<void>(completion_flag);
-    mla::LaunchOptions options;
-    options.tic = tic;
-    options.num_ctas = num_ctas;
-    options.timeout_us =
-        static_cast<uint32_t>(std::min<uint64_t>(spin_timeout_ns / 1000, 1u << 30));
-    options.stream = reinterpret_cast<cudaStream_t>(stream);
-    decoder.launch(p, options);
 }
 
 void plan(uintptr_t seq_lens,
@@ -194,6 +146,64 @@ py::object take_error(int device) {
     return error;
 }
 
+// A queue and its scratch, for calls of one layout.
+class BoundDecode {
+  public:
+    BoundDecode(mla::Decoder& decoder,
+                uintptr_t instructions,
+                int num_instructions,
+                uintptr_t timings,
+                uintptr_t queue_state,
+                uintptr_t o_scratch,
+                uintptr_t lvec_scratch,
+                uintptr_t completion_flag,
+                int tic,
+                int num_ctas,
+                uint64_t spin_timeout_ns)
+        : decoder_(decoder) {
+        pointers_.instructions = pointer<void>(instructions);
+        pointers_.num_instructions = num_instructions;
+        pointers_.timings = pointer<void>(timings);
+        pointers_.queue_state = pointer<void>(queue_state);
+        pointers_.o_scratch = pointer<void>(o_scratch);
+        pointers_.lse_log2_scratch = pointer<void>(lvec_scratch);
+        pointers_.done_flags = pointer<void>(completion_flag);
+        options_.tic = tic;
+        options_.num_ctas = num_ctas;
+        options_.timeout_us =
+            static_cast<uint32_t>(std::min<uint64_t>(spin_timeout_ns / 1000, 1u << 30));
+    }
+
+    // Launches unless an earlier launch has left an error record: returns that, or None.
+    py::object enqueue(const py::tuple& tensors, uintptr_t out, uintptr_t lse, uintptr_t stream) {
+        py::object error = take_error(decoder_.device());
+        if (!error.is_none()) return error;
+        if (tensors.size() != 8) throw py::value_error("tensors: expected 8 addresses");
+        const auto address = [&](int i) {
+            return PyLong_AsVoidPtr(PyTuple_GET_ITEM(tensors.ptr(), i));
+        };
+        pointers_.q_nope = address(0);
+        pointers_.q_pe = address(1);
+        pointers_.latent = address(2);
+        pointers_.rope = address(3);
+        pointers_.block_ids = address(4);
+        pointers_.kv_indptr = address(5);
+        pointers_.cu_seqlens_q = address(6);
+        pointers_.attn_sink = address(7);
+        if (PyErr_Occurred()) throw py::error_already_set();
+        pointers_.out = pointer<void>(out);
+        pointers_.lse = pointer<void>(lse);
+        options_.stream = reinterpret_cast<cudaStream_t>(stream);
+        decoder_.launch(pointers_, options_);
+        return error;
+    }
+
+  private:
+    mla::Decoder& decoder_;
+    mla::DecodePointers pointers_{};
+    mla::LaunchOptions options_;
+};
+
 std::string device_name(int device) {
     cudaDeviceProp properties;
     mk::check_cuda(cudaGetDeviceProperties(&properties, device), "device name");
@@ -233,6 +243,34 @@ PYBIND11_MODULE(_kernels, m) {
              py::arg("causal"),
              py::arg("lse_base2"),
              py::arg("lse_empty"),
-             py::arg("device"))
-        .def("launch", &launch);
+             py::arg("device"));
+    py::class_<BoundDecode>(m, "BoundDecode")
+        .def(py::init<mla::Decoder&,
+                      uintptr_t,
+                      int,
+                      uintptr_t,
+                      uintptr_t,
+                      uintptr_t,
+                      uintptr_t,
+                      uintptr_t,
+                      int,
+                      int,
+                      uint64_t>(),
+             py::keep_alive<1, 2>(),
+             py::arg("layout"),
+             py::kw_only(),
+             py::arg("instructions"),
+             py::arg("num_instructions"),
+             py::arg("timings"),
+             py::arg("queue_state"),
+             py::arg("o_scratch"),
+             py::arg("lvec_scratch"),
+             py::arg("completion_flag"),
+             py::arg("tic"),
+             py::arg("num_ctas"),
+             py::arg("spin_timeout_ns"))
+        .def("enqueue", &BoundDecode::enqueue);
+    py::class_<mla::TensorReader>(m, "TensorReader")
+        .def(py::init<const py::type&>())
+        .def("read", &mla::TensorReader::read);
 }

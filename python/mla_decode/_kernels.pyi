@@ -49,32 +49,57 @@ class DecodeLayout:
         lse_empty: float,
         device: int,
     ) -> None: ...
-    def launch(
+
+class BoundDecode:
+    """A queue and its scratch, for calls of one layout. Tensors are addresses, 0 for none."""
+
+    def __init__(
         self,
+        layout: DecodeLayout,
+        *,
         instructions: int,
         num_instructions: int,
         timings: int,
         queue_state: int,
-        q_nope: int,
-        q_pe: int,
-        latent: int,
-        rope: int,
-        block_ids: int,
-        kv_indptr: int,
-        cu_seqlens_q: int,
-        out: int,
-        lse: int,
-        attn_sink: int,
         o_scratch: int,
         lvec_scratch: int,
         completion_flag: int,
         tic: int,
         num_ctas: int,
         spin_timeout_ns: int,
-        stream: int,
+    ) -> None: ...
+    def enqueue(
+        self, tensors: tuple[int, ...], out: int, lse: int, stream: int, /
+    ) -> ErrorRecord | None:
+        """Enqueue one launch; ``tensors`` are those of `native.ADDRESSES`.
+
+        Where an earlier launch on the device has left an error record, this returns it instead.
+        """
+
+class TensorReader:
+    """Reads the tensors of a call through DLPack's C exchange API."""
+
+    def __init__(self, tensor_type: type, /) -> None:
+        """Raise RuntimeError if the type (``torch.Tensor``) has no such API."""
+
+    def read(
+        self,
+        q: object,
+        kv_cache: object,
+        block_table: object,
+        cu_seqlens_q: object,
+        kv_indptr: object,
+        kv_indices: object,
+        attn_sink: object,
+        out: object,
+        lse: object,
         /,
-    ) -> None:
-        """Enqueue one launch. Tensors are addresses, 0 for none."""
+    ) -> tuple[bytes, tuple[int, ...]] | None:
+        """Everything that checks look at, as a key, and the addresses for `BoundDecode.enqueue`.
+
+        ``q`` and ``kv_cache`` may be pairs, the rest None. Of ``kv_indices`` the size is no part
+        of the key. None if one of them is no tensor of exactly the reader's type.
+        """
 
 def plan(
     seq_lens: int,

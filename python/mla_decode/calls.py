@@ -16,7 +16,7 @@ from .words import LATENT_DIM, ROPE_DIM
 from .workspace import WorkspaceViews
 
 if TYPE_CHECKING:
-    from ._kernels import DecodeLayout
+    from ._kernels import DecodeLayout, ErrorRecord
     from .device_plan import DevicePlan
 
 TensorOrPair: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -46,16 +46,8 @@ class Launch:
     """That of the plan; see `Plan.binding`."""
     views: WorkspaceViews
     spin_timeout_ns: int
-    enqueue: Callable[..., None]
-    """``DecodeLayout.launch``"""
-    num_ctas: int
-    num_instructions: int
-    instructions: int
-    """This and the rest are addresses."""
-    queue_state: int
-    o_scratch: int
-    lvec_scratch: int
-    completion_flag: int
+    enqueue: Callable[[tuple[int, ...], int, int, int], ErrorRecord | None]
+    """``BoundDecode.enqueue``"""
 
 
 @dataclass

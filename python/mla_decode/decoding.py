@@ -201,22 +201,15 @@ def decode(
         given = {**locals(), "stream": None}
         with _current_stream_being(stream, q):  # for copies and new outputs as for the launch
             return decode(**given)
-    layout = checks.layout
-    key = (
-        _main_layouts(q, kv_cache, block_table),
-        None if cu_seqlens_q is None else layout(cu_seqlens_q),
-        None if kv_indptr is None else layout(kv_indptr),
-        # Without its length, which changes from step to step and decides nothing.
-        None if kv_indices is None else _layout_without_size(kv_indices),
-        None if attn_sink is None else layout(attn_sink),
-        None if out is None else layout(out),
-        None if lse is None else layout(lse),
-        softmax_scale,
-        causal,
-        lse_base,
-        lse_empty,
-        lse_layout,
+    layouts, addresses = native.read_tensors(
+        q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink, out, lse
+    ) or (
+        _layouts(
+            (q, kv_cache, block_table, cu_seqlens_q, kv_indptr, attn_sink, out, lse), kv_indices
+        ),
+        None,
     )
+    key = (layouts, softmax_scale, causal, lse_base, lse_empty, lse_layout)
     call = _calls.get(key)
     inputs = None
     if call is None:
@@ -231,7 +224,6 @@ def decode(
     handle = 0
     if call.index >= 0:
         handle = native.current_stream(call.index)
-        native.raise_pending_on(call.index)
     if plan is None:
         plan = _own_plan(call, seq_lens, cu_seqlens_q, kv_indptr, batch_invariant, handle)
     elif not isinstance(plan, _PLANS):
@@ -265,10 +257,15 @@ def decode(
             _run_checked(call, inputs, plan, views, out, lse, timings, handle, spin_timeout_ns)
             checks.remember(_calls, key, call)
             return out, lse
-    block_ids = block_table if kv_indices is None else kv_indices
-    return _enqueue(
-        call, launch, q, kv_cache, block_ids, cu_seqlens_q, kv_indptr, attn_sink, out, lse, handle
-    )
+    if addresses is None or call.copies_q:
+        block_ids = block_table if kv_indices is None else kv_indices
+        q = calls.dense(q) if call.copies_q else q
+        addresses = _addresses(q, kv_cache, block_ids, kv_indptr, cu_seqlens_q, attn_sink)
+    out, lse = call.outputs(out, lse)
+    record = launch.enqueue(addresses, out.data_ptr(), lse.data_ptr(), handle)
+    if record is not None:
+        native.raise_recorded(record)
+    return out, lse
 
 
 def interpret(
@@ -421,39 +418,32 @@ def _current_stream_being(
     return context
 
 
-def _main_layouts(
-    q: TensorOrPair, kv_cache: TensorOrPair, block_table: torch.Tensor | None
-) -> Hashable:
-    """`checks.layout` of each; spelled out for plain tensors, since every call pays for it."""
-    tensor = torch.Tensor
-    if isinstance(q, tensor) and isinstance(kv_cache, tensor) and isinstance(block_table, tensor):
-        return (
-            q.shape,
-            q.stride(),
-            q.dtype,
-            q.device,
-            kv_cache.shape,
-            kv_cache.stride(),
-            kv_cache.dtype,
-            kv_cache.device,
-            q.data_ptr() % checks.TMA_BYTES,
-            kv_cache.data_ptr() % checks.TMA_BYTES,
-            block_table.shape,
-            block_table.stride(),
-            block_table.dtype,
-            block_table.device,
-            block_table.data_ptr() % 4,
-        )
-    return tuple(
+def _layouts(values: tuple[object, ...], kv_indices: object) -> Hashable:
+    """`checks.layout` of each, for what `native.read_tensors` does not read.
+
+    Of ``kv_indices`` without the length, which changes from step to step and decides nothing.
+    """
+    found = [
         tuple(map(checks.layout, value)) if isinstance(value, tuple) else checks.layout(value)
-        for value in (q, kv_cache, block_table)
-    )
+        for value in values
+    ]
+    if isinstance(kv_indices, torch.Tensor):
+        ids = kv_indices.dim(), kv_indices.stride(), kv_indices.dtype, kv_indices.device
+        return *found, ids
+    return *found, type(kv_indices).__name__
 
 
-def _layout_without_size(value: torch.Tensor) -> Hashable:
-    if not isinstance(value, torch.Tensor):
-        return type(value).__name__
-    return value.dim(), value.stride(), value.dtype, value.device
+def _addresses(
+    q: TensorOrPair, kv_cache: TensorOrPair, *others: torch.Tensor | None
+) -> tuple[int, ...]:
+    """What `BoundDecode.enqueue` is given; the others in the order of `native.ADDRESSES`."""
+    found: list[int] = []
+    for value in (q, kv_cache):
+        if isinstance(value, tuple):
+            found += (value[0].data_ptr(), value[1].data_ptr())
+        else:
+            found += (value.data_ptr(), value.data_ptr() + _ROPE_OFFSET)
+    return *found, *map(native.address, others)
 
 
 def _bound(call: Call, plan: AnyPlan, views: WorkspaceViews, spin_timeout_ns: int) -> Launch | None:
@@ -463,74 +453,10 @@ def _bound(call: Call, plan: AnyPlan, views: WorkspaceViews, spin_timeout_ns: in
         return None
     checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, raw.MAX_SPIN_TIMEOUT_NS)
     instructions, num_instructions = plan.queue(call.device)
-    call.launch = Launch(
-        binding=plan.binding,
-        views=views,
-        spin_timeout_ns=spin_timeout_ns,
-        enqueue=kernel.launch,
-        num_ctas=min(plan.num_workers, call.num_sms),
-        num_instructions=num_instructions,
-        instructions=instructions,
-        queue_state=views.queue_state.data_ptr(),
-        o_scratch=views.o_scratch.data_ptr(),
-        lvec_scratch=views.lvec_scratch.data_ptr(),
-        completion_flag=views.completion_flag.data_ptr(),
-    )
+    num_ctas = min(plan.num_workers, call.num_sms)
+    bound = native.bind(kernel, instructions, num_instructions, views, num_ctas, spin_timeout_ns)
+    call.launch = Launch(plan.binding, views, spin_timeout_ns, bound.enqueue)
     return call.launch
-
-
-def _enqueue(
-    call: Call,
-    launch: Launch,
-    q: TensorOrPair,
-    kv_cache: TensorOrPair,
-    block_ids: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    kv_indptr: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    out: torch.Tensor | None,
-    lse: torch.Tensor | None,
-    handle: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Enqueue a call of which everything was checked; this decides what an eager call costs."""
-    assert block_ids is not None, "checked by make_call"
-    if call.copies_q:
-        q = calls.dense(q)
-    if isinstance(q, tuple):
-        q_address, q_pe_address = q[0].data_ptr(), q[1].data_ptr()
-    else:
-        q_address = q.data_ptr()
-        q_pe_address = q_address + _ROPE_OFFSET
-    if isinstance(kv_cache, tuple):
-        latent_address, rope_address = kv_cache[0].data_ptr(), kv_cache[1].data_ptr()
-    else:
-        latent_address = kv_cache.data_ptr()
-        rope_address = latent_address + _ROPE_OFFSET
-    out, lse = call.outputs(out, lse)
-    launch.enqueue(
-        launch.instructions,
-        launch.num_instructions,
-        0,
-        launch.queue_state,
-        q_address,
-        q_pe_address,
-        latent_address,
-        rope_address,
-        block_ids.data_ptr(),
-        0 if kv_indptr is None else kv_indptr.data_ptr(),
-        0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
-        0 if attn_sink is None else attn_sink.data_ptr(),
-        launch.o_scratch,
-        launch.lvec_scratch,
-        launch.completion_flag,
-        0,
-        launch.num_ctas,
-        launch.spin_timeout_ns,
-        handle,
-    )
-    return out, lse
 
 
 def _run_checked(

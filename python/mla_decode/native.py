@@ -19,9 +19,22 @@ except ImportError as error:
     _import_error = str(error)
 
 if TYPE_CHECKING:
-    from ._kernels import DecodeLayout
+    from ._kernels import BoundDecode, DecodeLayout, ErrorRecord
+    from .workspace import WorkspaceViews
 
 REQUIRED_CAPABILITY = (9, 0)  # Hopper: wgmma exists nowhere else
+
+# The tensors whose addresses `BoundDecode.enqueue` is given together, fields of `KernelArguments`.
+ADDRESSES = (
+    "q_nope",
+    "q_pe",
+    "latent",
+    "rope",
+    "block_ids",
+    "kv_indptr",
+    "cu_seqlens_q",
+    "attn_sink",
+)
 
 _able: dict[torch.device, int] = {}  # index of each device that was found to be able
 _layouts: dict[Hashable, DecodeLayout] = {}
@@ -92,28 +105,45 @@ def launch(
     ``num_instructions`` are those to run, where the tensor holds more.
     """
     words = arguments.instructions
-    layout_of(arguments, device).launch(
-        words.data_ptr(),
-        int(words.shape[0]) if num_instructions is None else num_instructions,
-        address(arguments.timings),
-        arguments.queue_state.data_ptr(),
-        arguments.q_nope.data_ptr(),
-        arguments.q_pe.data_ptr(),
-        arguments.latent.data_ptr(),
-        arguments.rope.data_ptr(),
-        arguments.block_ids.data_ptr(),
-        address(arguments.kv_indptr),
-        address(arguments.cu_seqlens_q),
-        arguments.out.data_ptr(),
-        address(arguments.lse),
-        address(arguments.attn_sink),
-        arguments.o_scratch.data_ptr(),
-        arguments.lvec_scratch.data_ptr(),
-        arguments.completion_flag.data_ptr(),
-        arguments.tic,
-        num_ctas,
-        spin_timeout_ns,
-        stream,
+    bound = _kernels.BoundDecode(
+        layout_of(arguments, device),
+        instructions=words.data_ptr(),
+        num_instructions=int(words.shape[0]) if num_instructions is None else num_instructions,
+        timings=address(arguments.timings),
+        queue_state=arguments.queue_state.data_ptr(),
+        o_scratch=arguments.o_scratch.data_ptr(),
+        lvec_scratch=arguments.lvec_scratch.data_ptr(),
+        completion_flag=arguments.completion_flag.data_ptr(),
+        tic=arguments.tic,
+        num_ctas=num_ctas,
+        spin_timeout_ns=spin_timeout_ns,
+    )
+    tensors = tuple(address(getattr(arguments, name)) for name in ADDRESSES)
+    out, lse = arguments.out.data_ptr(), address(arguments.lse)
+    raise_recorded(bound.enqueue(tensors, out, lse, stream))
+
+
+def bind(
+    layout: DecodeLayout,
+    instructions: int,
+    num_instructions: int,
+    views: WorkspaceViews,
+    num_ctas: int,
+    spin_timeout_ns: int,
+) -> BoundDecode:
+    """A queue and its scratch, for launches of one layout; ``instructions`` is an address."""
+    return _kernels.BoundDecode(
+        layout,
+        instructions=instructions,
+        num_instructions=num_instructions,
+        timings=0,
+        queue_state=views.queue_state.data_ptr(),
+        o_scratch=views.o_scratch.data_ptr(),
+        lvec_scratch=views.lvec_scratch.data_ptr(),
+        completion_flag=views.completion_flag.data_ptr(),
+        tic=0,
+        num_ctas=num_ctas,
+        spin_timeout_ns=spin_timeout_ns,
     )
 
 
@@ -155,6 +185,21 @@ def _num_requests(arguments: KernelArguments) -> int:
     if arguments.kv_indptr is not None:
         return int(arguments.kv_indptr.shape[0]) - 1
     return int(arguments.block_ids.shape[0])
+
+
+def _no_reader(*tensors: object) -> None:
+    return None
+
+
+def _tensor_reader() -> Callable[..., tuple[Hashable, tuple[int, ...]] | None]:
+    try:
+        return _kernels.TensorReader(torch.Tensor).read
+    except RuntimeError:  # torch before 2.10
+        return _no_reader
+
+
+# Layouts and addresses of a call's tensors; None for what it cannot read. See `TensorReader.read`.
+read_tensors = _no_reader if _import_error else _tensor_reader()
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -208,7 +253,11 @@ def raise_pending(device: torch.device) -> None:
 
 def raise_pending_on(index: int) -> None:
     """`raise_pending` for the GPU of that index; the extension is there."""
-    record = _kernels.take_error(index)
+    raise_recorded(_kernels.take_error(index))
+
+
+def raise_recorded(record: ErrorRecord | None) -> None:
+    """Raise what an earlier launch recorded, if anything."""
     if record is None:
         return
     if record.get("kind") == "length":
