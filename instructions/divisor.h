@@ -4,11 +4,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MLA_ANYWHERE __host__ __device__
-#else
-#define MLA_ANYWHERE
-#endif
+#include "instructions/host_device.h"
 
 namespace mla {
 
@@ -19,12 +15,12 @@ struct Divisor {
     uint32_t multiplier;
     int32_t shift;
 
-    MLA_ANYWHERE static constexpr Divisor of(int d) {
+    MLA_HOST_DEVICE static constexpr Divisor of(int d) {
         int32_t shift = 0;
         while (int64_t{1} << shift < d) ++shift;
         return {static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + d - 1) / d), shift};
     }
-    MLA_ANYWHERE constexpr int quotient(int n) const {
+    MLA_HOST_DEVICE constexpr int quotient(int n) const {
         const uint64_t product = static_cast<uint64_t>(2 * static_cast<uint32_t>(n)) * multiplier;
         return static_cast<int>(static_cast<uint32_t>(product >> 32) >> shift);
     }

@@ -40,7 +40,7 @@ class BoxLoader {
         }
     }
 
-    // One lane waits and asks, so that what it asks with is ready before the wait ends.
+    // One lane waits and asks.
     template <class WaitPlace>
     __device__ void load_half(
         int tile, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {

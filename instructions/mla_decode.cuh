@@ -169,7 +169,6 @@ inline MlaGlobals shared_globals(const DecodeLayout& layout, const DecodePointer
     const bool ragged = p.cu_seqlens_q != nullptr;
     MlaGlobals g{};
     g.num_requests = layout.num_requests;
-    g.num_kv_heads = layout.num_kv_heads;
     g.total_tokens = layout.total_tokens;
     g.s_q = layout.s_q;
     g.num_heads = layout.num_heads;

@@ -100,7 +100,6 @@ struct MlaGlobals {
     int32_t kv_box_rows;   // 64 or 16 positions by the copy engine; 0: row by row
     int32_t q_box_rows;    // 64; in a narrow kernel a multiple of 8
     int32_t num_requests;
-    int32_t num_kv_heads;
     int32_t total_tokens;  // of one KV head
     int32_t s_q;
     int32_t num_heads;  // query heads per KV head

@@ -187,7 +187,8 @@ class ReductionConsumer {
         if (step.turn == num_turns && is_first_lane()) state.arrive(kInputsSeen);
         return lse_log2;
     }
-    // The lane's pair; the first of teams whose chunks follow each other in a row copies for all.
+    // The lane's pair. Where chunks of teams side by side follow each other in a row, one copy of
+    // an input is for all; the teams take turns with the inputs.
     __device__ float copy(const Step& step) const {
         const int own_chunk = chunk_of(step, lane);
         const int own_input = step.batch * kBatch + (lane & (1 << width_log2) - 1);
@@ -195,7 +196,7 @@ class ReductionConsumer {
         const bool exists = lane < num_pairs && own_chunk < work.num_chunks() &&
                             own_input < own_inputs && input < work.num_inputs;
         uint32_t bytes = 0;
-        int slot = 0, at = 0;
+        int slot = 0, at = 0, chunks_before = 0;
         const float* columns = nullptr;
         if (exists) {
             const int row = work.row_of_chunk(own_chunk);
@@ -205,22 +206,28 @@ class ReductionConsumer {
             columns = g.o_scratch + static_cast<int64_t>(at) * kLatentDim + work.col_begin +
                       col * kColumnChunk;
             const int place = team & side_by_side() - 1;
-            if (col == 0 || place == 0) {
-                const int chunks = min(work.chunks_per_row() - col,
-                                       min(side_by_side() - place, work.num_chunks() - own_chunk));
-                bytes = chunks * kChunkBytes;
-            }
+            chunks_before = min(place, col);
+            const int chunks =
+                chunks_before + min(work.chunks_per_row() - col,
+                                    min(side_by_side() - place, work.num_chunks() - own_chunk));
+            const int turns = 1 << 31 - __clz(chunks);
+            if ((own_input & turns - 1) == chunks_before) bytes = chunks * kChunkBytes;
         }
         const uint32_t copied = state.semaphore(kBatchCopied + step.place());
         const uint32_t warp_bytes = __reduce_add_sync(~0u, bytes);
         if (is_first_lane()) mk::ptx::mbar_arrive_expect_tx(copied, warp_bytes);
         __syncwarp();
         float lse_log2 = -INFINITY;
-        state.watch_done_flags(g.done_flags, slot, exists, [&] {
+        // Later turns are other chunks of the same inputs.
+        const bool known = step.turn > 0;
+        state.watch_done_flags(g.done_flags, slot, exists, known, [&] {
             mk::ptx::fence_proxy_async_global();
             if (bytes > 0) {
-                mk::ptx::bulk_load(
-                    address(step, lane), columns, bytes, copied, mk::ptx::kEvictFirst);
+                mk::ptx::bulk_load(address(step, lane) - chunks_before * kChunkBytes,
+                                   columns - chunks_before * kColumnChunk,
+                                   bytes,
+                                   copied,
+                                   mk::ptx::kEvictFirst);
             }
             // Past L1: a line may have been read in an earlier launch.
             lse_log2 = __ldcg(g.lse_log2_scratch + at);

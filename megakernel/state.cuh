@@ -97,17 +97,20 @@ class State {
     }
 
     // The same for a warp whose lanes wait for flags of their own, or for none: each calls use() as
-    // soon as its flag is up.
+    // soon as its flag is up, or at once where that is known.
     template <class Use>
-    __device__ bool watch_done_flags(const int32_t* flags, int own, bool waits, Use use) const {
+    __device__ bool watch_done_flags(
+        const int32_t* flags, int own, bool waits, bool known, Use use) const {
+        constexpr int kPauseNs = 100;  // hundreds of warps may look at one line
         const int32_t epoch = control().epoch;
         for (uint32_t start = 0;;) {
-            const int32_t seen = waits ? ptx::load_acquire_gpu(&flags[own]) : epoch;
+            const int32_t seen = waits && !known ? ptx::load_acquire_gpu(&flags[own]) : epoch;
             if (waits && seen == epoch) {
                 waits = false;
                 use();
             }
             if (__all_sync(~0u, !waits)) return true;
+            __nanosleep(kPauseNs);
             if (start == 0) start = coarse_time();
             const bool expired =
                 waits && watchdog_.expired(start, slot(), WaitKind::kDoneFlag, own, epoch, seen);

@@ -113,7 +113,7 @@ class Estimate {
     }
     // What a worker does of so many partials.
     MLA_HOST_DEVICE uint64_t share_ns(uint32_t partials, uint64_t tile) const {
-        const device_plan::Divisor workers = p_.constants.workers;
+        const device_plan::Reciprocal workers = p_.constants.workers;
         return (device_plan::scaled(partials, workers, 6) * p_.cost.partial_next +
                 device_plan::scaled(batch_.tiles, workers, 6) * tile) >>
                6;

@@ -12,10 +12,10 @@ namespace mla {
 struct EvenCut {
     uint32_t tiles;
     uint32_t longest_whole;
-    device_plan::Divisor by_tiles;
+    device_plan::Reciprocal by_tiles;
 
     MLA_HOST_DEVICE EvenCut(uint32_t tiles, uint32_t margin)
-        : tiles(tiles), longest_whole(tiles + margin), by_tiles(device_plan::divisor(tiles)) {}
+        : tiles(tiles), longest_whole(tiles + margin), by_tiles(device_plan::reciprocal(tiles)) {}
 
     MLA_HOST_DEVICE uint32_t num_pieces(uint32_t sequence_tiles) const {
         if (sequence_tiles <= longest_whole) return sequence_tiles > 0 ? 1 : 0;
@@ -81,7 +81,7 @@ struct Slices {
                                      uint32_t pieces,
                                      uint32_t group_rows,
                                      uint32_t merged_eighths) {
-        const uint32_t eighths = (merged_eighths + pieces - 1) / p.divisor(pieces);
+        const uint32_t eighths = (merged_eighths + pieces - 1) / p.reciprocal(pieces);
         if (eighths > 4) {
             return {device_plan::smaller(group_rows, (eighths + 7) / 8), 0};
         }
@@ -97,7 +97,7 @@ struct Slices {
         MLA_SHORT_LOOP
         for (; 2 * slices <= pieces && made.log2_columns < 3; slices *= 2) {
             if (made.rows > 1) {
-                made.rows = (group_rows + 2 * slices - 1) / p.divisor(2 * slices);
+                made.rows = (group_rows + 2 * slices - 1) / p.reciprocal(2 * slices);
             } else {
                 ++made.log2_columns;
             }

@@ -4,13 +4,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "instructions/host_device.h"
 #include "instructions/layout.h"
-
-#ifdef __CUDACC__
-#define MLA_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define MLA_HOST_DEVICE inline
-#endif
 
 // Before a loop: the planner's code is executed once, so fetching it counts for more than steps.
 #ifdef __CUDA_ARCH__
@@ -51,15 +46,16 @@ MLA_HOST_DEVICE T clamp(T x, T low, T high) {
     return smaller(larger(x, low), high);
 }
 
-// Division by what is divided by often: x / d if x * d < 2^31, otherwise that or one more.
-struct Divisor {
+// Division by what is divided by often, and found on the GPU: x / d if x * d < 2^31, otherwise that
+// or one more. (mla::Divisor is exact, and takes a loop to make.)
+struct Reciprocal {
     uint32_t inverse;
 };
-MLA_HOST_DEVICE Divisor divisor(uint32_t d) { return {0x80000000u / d + 1}; }
-MLA_HOST_DEVICE uint64_t scaled(uint32_t x, Divisor d, int shift) {  // (x << shift) / d
+MLA_HOST_DEVICE Reciprocal reciprocal(uint32_t d) { return {0x80000000u / d + 1}; }
+MLA_HOST_DEVICE uint64_t scaled(uint32_t x, Reciprocal d, int shift) {  // (x << shift) / d
     return uint64_t{x} * d.inverse >> (31 - shift);
 }
-MLA_HOST_DEVICE uint32_t operator/(uint32_t x, Divisor d) {
+MLA_HOST_DEVICE uint32_t operator/(uint32_t x, Reciprocal d) {
     return static_cast<uint32_t>(scaled(x, d, 0));
 }
 
@@ -74,18 +70,18 @@ struct DevicePlanCost {
 
 // What follows from a problem, so that no thread divides.
 struct DevicePlanConstants {
-    device_plan::Divisor workers;
+    device_plan::Reciprocal workers;
     // Time per tile and stream, 1/1024 ns, with what row groups share.
     uint32_t memory_1024, contention_1024;
     // Workers that run the row groups of a piece side by side are a gang.
     uint32_t gangs;
-    device_plan::Divisor by_gangs;
+    device_plan::Reciprocal by_gangs;
     uint32_t line_lead;     // before the first tile of a sequence, in 1/16 tile
     uint32_t slot_eighths;  // of rows: what a slot holds in the mean
     uint32_t margin;        // tiles that a sequence may have beyond a piece before it is cut
     uint32_t top_step;      // of a binary search for a sequence
     uint32_t most_partials;
-    device_plan::Divisor small[kMaxRows + 1];  // by 1, 2, ...
+    device_plan::Reciprocal small[kMaxRows + 1];  // by 1, 2, ...
     uint32_t most_tiles;  // that count of a sequence, so that sums have 31 bits
 };
 
@@ -129,8 +125,8 @@ struct DevicePlanProblem {
         return device_plan::larger(cost.tile_compute + static_cast<uint32_t>(contention >> 10),
                                    static_cast<uint32_t>(memory >> 10));
     }
-    MLA_HOST_DEVICE device_plan::Divisor divisor(uint32_t d) const {
-        return d <= kMaxRows ? constants.small[d] : device_plan::divisor(d);
+    MLA_HOST_DEVICE device_plan::Reciprocal reciprocal(uint32_t d) const {
+        return d <= kMaxRows ? constants.small[d] : device_plan::reciprocal(d);
     }
     MLA_HOST_DEVICE bool balances() const { return split_tiles == 0; }
     // All sequences with rows have as many row groups.
@@ -173,14 +169,14 @@ inline DevicePlanProblem with_constants(const DevicePlanProblem& problem) {
     DevicePlanConstants& k = p.constants;
     const uint32_t workers = p.num_workers, groups = p.max_groups();
     k.most_partials = static_cast<uint32_t>(device_plan_capacity(problem).partials);
-    for (uint32_t d = 1; d <= kMaxRows; ++d) k.small[d] = device_plan::divisor(d);
+    for (uint32_t d = 1; d <= kMaxRows; ++d) k.small[d] = device_plan::reciprocal(d);
     k.most_tiles = static_cast<uint32_t>(INT32_MAX / (int64_t{groups} * p.num_sequences()));
-    k.workers = device_plan::divisor(workers);
+    k.workers = device_plan::reciprocal(workers);
     const uint32_t sharing = p.uniform() ? groups : 1;
     k.memory_1024 = p.cost.tile_1024 / sharing;
     k.contention_1024 = p.cost.tile_contention_1024 / sharing;
     k.gangs = device_plan::larger(1u, workers / groups);
-    k.by_gangs = device_plan::divisor(k.gangs);
+    k.by_gangs = device_plan::reciprocal(k.gangs);
     const uint32_t tile = device_plan::larger(1u, p.tile_ns(p.most_group_rows(), workers));
     k.slot_eighths = (8 * p.max_rows() + groups - 1) / groups;
     k.line_lead = device_plan::smaller((p.cost.partial_next * 16 + tile / 2) / tile,

@@ -484,7 +484,11 @@ def test_csr_length_beyond_its_own_blocks_is_planned_as_what_they_hold(gpu: Any)
 
 @pytest.mark.gpu
 def test_eager_calls_cost_the_host_15_us_at_most(gpu: Any) -> None:
-    """Host time of a call with plan and workspace, the GPU kept from falling behind."""
+    """Host time of a call with plan and workspace, the GPU kept from falling behind.
+
+    Of both kinds of plans in turns, for a third of a second: another process may take the
+    processor for some milliseconds.
+    """
     import time
 
     case = make_case([700, 65], 16, device=gpu)
@@ -492,22 +496,17 @@ def test_eager_calls_cost_the_host_15_us_at_most(gpu: Any) -> None:
     workspace = plan.workspace()
     host_plan = mla_decode.plan(case.seq_lens, 16)
     lengths = lengths_of(case)
-    figures = {}
+    times: dict[str, list[float]] = {"DevicePlan": [], "Plan": []}
     with torch.inference_mode():
-        for name, made in (("DevicePlan", plan), ("Plan", host_plan)):
-
-            def call(made: Any = made) -> None:
-                mla_decode.decode(
-                    case.q, case.kv_cache, case.block_table, lengths, made, workspace=workspace
-                )
-
-            times = []
-            for _ in range(40):
+        for _ in range(400):
+            for name, made in (("DevicePlan", plan), ("Plan", host_plan)):
                 torch.cuda.synchronize()
                 started = time.perf_counter()
                 for _ in range(25):
-                    call()
-                times.append((time.perf_counter() - started) / 25 * 1e6)
-            figures[name] = sorted(times)[len(times) // 2]
+                    mla_decode.decode(
+                        case.q, case.kv_cache, case.block_table, lengths, made, workspace=workspace
+                    )
+                times[name].append((time.perf_counter() - started) / 25 * 1e6)
+    figures = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
     print("host time of an eager call, us:", figures)
     assert max(figures.values()) <= 15, figures
