@@ -271,7 +271,6 @@ extern template void launch_family<kittens::half, false>(
 class Decoder {
   public:
     explicit Decoder(const DecodeLayout& layout) : layout_(layout) {}
-    int device() const { return layout_.device; }
 
     // Enqueues the decode of one queue. Throws std::runtime_error; launches nothing then.
     void launch(const DecodePointers& pointers, const LaunchOptions& options) {

@@ -1,5 +1,5 @@
-// What a reduction is asked to do: what its loader, its launcher and its consumers
-// agree on.
+// What a reduction is asked to do, and how it uses semaphores: what its roles agree
+// on.
 #pragma once
 
 #include "instructions/mla_globals.cuh"

@@ -68,13 +68,8 @@ class BoundDecode:
         num_ctas: int,
         spin_timeout_ns: int,
     ) -> None: ...
-    def enqueue(
-        self, tensors: tuple[int, ...], out: int, lse: int, stream: int, /
-    ) -> ErrorRecord | None:
-        """Enqueue one launch; ``tensors`` are those of `native.ADDRESSES`.
-
-        Where an earlier launch on the device has left an error record, this returns it instead.
-        """
+    def enqueue(self, tensors: tuple[int, ...], out: int, lse: int, stream: int, /) -> None:
+        """Enqueue one launch; ``tensors`` are those of `native.ADDRESSES`."""
 
 class TensorReader:
     """Reads the tensors of a call through DLPack's C exchange API."""

@@ -16,7 +16,7 @@ from .words import LATENT_DIM, ROPE_DIM
 from .workspace import WorkspaceViews
 
 if TYPE_CHECKING:
-    from ._kernels import DecodeLayout, ErrorRecord
+    from ._kernels import DecodeLayout
     from .device_plan import DevicePlan
 
 TensorOrPair: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -46,7 +46,7 @@ class Launch:
     """That of the plan; see `Plan.binding`."""
     views: WorkspaceViews
     spin_timeout_ns: int
-    enqueue: Callable[[tuple[int, ...], int, int, int], ErrorRecord | None]
+    enqueue: Callable[[tuple[int, ...], int, int, int], None]
     """``BoundDecode.enqueue``"""
 
 

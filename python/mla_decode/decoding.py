@@ -224,6 +224,7 @@ def decode(
     handle = 0
     if call.index >= 0:
         handle = native.current_stream(call.index)
+        native.raise_pending_on(call.index)  # of earlier calls: this one's plan may record, too
     if plan is None:
         plan = _own_plan(call, seq_lens, cu_seqlens_q, kv_indptr, batch_invariant, handle)
     elif not isinstance(plan, _PLANS):
@@ -262,9 +263,7 @@ def decode(
         q = calls.dense(q) if call.copies_q else q
         addresses = _addresses(q, kv_cache, block_ids, kv_indptr, cu_seqlens_q, attn_sink)
     out, lse = call.outputs(out, lse)
-    record = launch.enqueue(addresses, out.data_ptr(), lse.data_ptr(), handle)
-    if record is not None:
-        native.raise_recorded(record)
+    launch.enqueue(addresses, out.data_ptr(), lse.data_ptr(), handle)
     return out, lse
 
 

@@ -19,7 +19,7 @@ except ImportError as error:
     _import_error = str(error)
 
 if TYPE_CHECKING:
-    from ._kernels import BoundDecode, DecodeLayout, ErrorRecord
+    from ._kernels import BoundDecode, DecodeLayout
     from .workspace import WorkspaceViews
 
 REQUIRED_CAPABILITY = (9, 0)  # Hopper: wgmma exists nowhere else
@@ -120,7 +120,7 @@ def launch(
     )
     tensors = tuple(address(getattr(arguments, name)) for name in ADDRESSES)
     out, lse = arguments.out.data_ptr(), address(arguments.lse)
-    raise_recorded(bound.enqueue(tensors, out, lse, stream))
+    bound.enqueue(tensors, out, lse, stream)
 
 
 def bind(
@@ -253,11 +253,7 @@ def raise_pending(device: torch.device) -> None:
 
 def raise_pending_on(index: int) -> None:
     """`raise_pending` for the GPU of that index; the extension is there."""
-    raise_recorded(_kernels.take_error(index))
-
-
-def raise_recorded(record: ErrorRecord | None) -> None:
-    """Raise what an earlier launch recorded, if anything."""
+    record = _kernels.take_error(index)
     if record is None:
         return
     if record.get("kind") == "length":
