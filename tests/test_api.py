@@ -751,7 +751,7 @@ def test_what_a_launch_is_bound_to_is_never_stale(
 def test_an_eager_call_costs_the_host_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the launch itself, with a stub in its place.
 
-    Measured: 5.5 us, of which 1.6 us are the two outputs. The bound has room for a busy machine;
+    Measured: 4.0 us, of which 2 us are the two outputs. The bound has room for a busy machine;
     the whole call is timed on the GPU.
     """
     monkeypatch.setattr(decoding, "_calls", {})
