@@ -3,6 +3,7 @@
 python -m benchmarks.bench [--serving] [--shapes NAME ...] [--file FILE] [--random N --seed S]
                            [--impls NAME ...] [--out FILE] [--report FOLDER]
 python -m benchmarks.bench --planning
+python -m benchmarks.bench --floor
 python -m benchmarks.bench --step [--layers N] [--shapes NAME ...] [--file FILE]
                            [--random N --seed S]
 
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import planning, report
+from benchmarks import floor, planning, report
 from benchmarks.implementations import IMPLEMENTATIONS, STEPS
 from benchmarks.measure import REPLAYS, Row, measure
 from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape, random_shapes, read_shapes
@@ -166,6 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--serving", action="store_true", help="block sizes, mixed batches, batch invariance"
     )
     parser.add_argument("--planning", action="store_true", help="planning on the GPU instead")
+    parser.add_argument("--floor", action="store_true", help="the GPU's own floor instead")
     parser.add_argument(
         "--step", action="store_true", help="decode steps of --layers layers instead of calls"
     )
@@ -202,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.planning:
         return planning.run(arguments.replays)
+    if arguments.floor:
+        return floor.run(arguments.replays)
     table = SERVING_SHAPES if arguments.serving else SHAPES
     others = arguments.from_file + random_shapes(arguments.random, arguments.seed)
     chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if others else table)] + others

@@ -28,6 +28,8 @@ from tools import environment, fetch_thunderkittens  # noqa: E402
 
 BUILD = ROOT / "build"
 PACKAGE = ROOT / "python" / "mla_decode"
+# CUDA modules that no user of the package needs, and their sources.
+BESIDE_THE_PACKAGE = {"demos/_rms_norm": "demos/*.cu", "benchmarks/_stream": "benchmarks/*.cu"}
 NVCC_FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a -std=c++20 -O3 -lineinfo -DKITTENS_HOPPER "
     "--expt-relaxed-constexpr --expt-extended-lambda -Xptxas -v "
@@ -155,7 +157,8 @@ def ninja_text(
     kernels = sources_of(["python/bindings/*.cu"])
     modules = {out / f"_kernels{suffix}": kernels}
     if out == PACKAGE:
-        modules[ROOT / f"demos/_rms_norm{suffix}"] = sources_of(["demos/*.cu"])
+        for module, sources in BESIDE_THE_PACKAGE.items():
+            modules[ROOT / f"{module}{suffix}"] = sources_of([sources])
     if kernels and toolkit and kittens:
         report, logs = folder / "ptxas.txt", []
         for module, sources in modules.items():
@@ -192,7 +195,8 @@ def build(
     if kernels and toolkit is None:  # one of an earlier build would not fit these sources
         (out / f"_kernels{suffix}").unlink(missing_ok=True)
         if out == PACKAGE:
-            (ROOT / f"demos/_rms_norm{suffix}").unlink(missing_ok=True)
+            for module in BESIDE_THE_PACKAGE:
+                (ROOT / f"{module}{suffix}").unlink(missing_ok=True)
     built = [name for name in ("_scheduler", "_kernels") if (out / f"{name}{suffix}").exists()]
     print(f"build: {' and '.join(built) or 'nothing'} in {time.monotonic() - started:.1f} s")
     if kernels and toolkit is None:

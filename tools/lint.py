@@ -8,7 +8,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPP_FOLDERS = ("megakernel", "instructions", "scheduler", "python", "demos", "tests")
+CPP_FOLDERS = (
+    "megakernel",
+    "instructions",
+    "scheduler",
+    "python",
+    "demos",
+    "benchmarks",
+    "tests",
+)
 CPP_SUFFIXES = {".h", ".cuh", ".cpp", ".cu"}
 
 
