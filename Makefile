@@ -53,7 +53,7 @@ gpu-check: all  ## GPU tests and benchmark; writes benchmarks/results/<device>.j
 	@$(RUN) tools/gpu_check.py $(ARGS)
 
 clean:  ## remove what make built
-	rm -rf build python/mla_decode/*.so demos/*.so benchmarks/*.so
+	rm -rf build python/mla_decode/*.so demos/*.so benchmarks/*.so tests/*.so
 
 distclean: clean  ## remove the environment and the fetched headers too
 	rm -rf .venv third_party

@@ -52,7 +52,7 @@ __device__ __forceinline__ void store_rows(
     for (int first = 0; first < kHalfLatent; first += S::kCols) {
 #pragma unroll
         for (int i = 0; i < S::kCols / 4; ++i) {  // groups of eight columns, upper and lower row
-            float2 pair = o.tile((first / 4 + i) / 4).data[i % 4];
+            float2 pair = o.tiles[0][(first / 4 + i) / 4].data[i % 4];
             pair.x *= scale.factor[i % 2];
             pair.y *= scale.factor[i % 2];
             const uint32_t to = put + i / 2 * 8 * sizeof(T) + i % 2 * 8 * S::kPitch;

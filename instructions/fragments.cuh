@@ -10,21 +10,7 @@
 namespace mla {
 
 using Scores = kittens::rt_fl<16, kKvTile>;
-// Half the latent columns, in two parts: ptxas compiles no product 256 columns wide for a kernel
-// that is launched with 128 registers a thread, whatever setmaxnreg adds to them.
-struct Accumulator {
-    static constexpr int kParts = 2;
-    static constexpr int kPartCols = kHalfLatent / kParts;
-    kittens::rt_fl<16, kPartCols> part[kParts];
-
-    static constexpr int width = kHalfLatent / 16;
-    __device__ __forceinline__ auto& tile(int i) {
-        return part[i / (width / kParts)].tiles[0][i % (width / kParts)];
-    }
-    __device__ __forceinline__ const auto& tile(int i) const {
-        return part[i / (width / kParts)].tiles[0][i % (width / kParts)];
-    }
-};
+using Accumulator = kittens::rt_fl<16, kHalfLatent>;  // half the latent columns
 template <class Element>
 using PFragment = kittens::rt<Element, 16, kKvTile, kittens::ducks::rt_layout::row>;
 template <class Element>
@@ -35,17 +21,19 @@ __device__ __forceinline__ int fragment_row() {
     return thread % kWarpgroupThreads / mk::kWarpThreads * 16 + thread % mk::kWarpThreads / 4;
 }
 
+// What is the same in all lanes, known to be.
+__device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u, x, 0); }
+
 // A wgmma operand in shared memory: groups of eight rows, kGroupStep bytes apart, of swizzle blocks
 // kBlockStep bytes apart. Not transposed, the dimension that is summed over lies along a row;
 // transposed, it goes through the rows. ThunderKittens' descriptors are 64-bit sums in vector
 // registers, a dozen instructions per product where a product of 64 x 64 x 16 takes 32 cycles
-// (H200: 50 measured). Here the address is uniform by construction and only the low word moves.
+// (H200: 50 measured). Here the address is uniform, see below, and only the low word moves.
 // Fields: PTX ISA, "Matrix descriptor format".
 template <int kSwizzleBytes, int kGroupStep, int kBlockStep, bool kTransposed>
 class Operand {
   public:
-    __device__ explicit Operand(uint32_t address)
-        : low_(__shfl_sync(~0u, address, 0) >> 4 | kLeadingBytes >> 4 << 16) {}
+    __device__ explicit Operand(uint32_t address) : low_(address >> 4 | kLeadingBytes >> 4 << 16) {}
 
     // The 16-deep slice `step` of the dimension that is summed over; transposed operands begin with
     // swizzle block `block` of the other dimension.
@@ -92,20 +80,56 @@ __device__ __forceinline__ void begin_products(Fragment& d) {
 __device__ __forceinline__ uint32_t latent_address(uint32_t page) { return page; }
 __device__ __forceinline__ uint32_t rope_address(uint32_t page) { return page + kHalfLatentBytes; }
 
-// Half the width of Q or K, in a page.
-template <class Latent>
-struct HalfOperand {
-    Latent latent;
+// Half of Q's rope columns, in registers: with all of Q and K in shared memory a product takes as
+// long as the tensor cores do only while nobody else reads there.
+template <class Element>
+struct RopeInRegisters {
+    kittens::rt<Element, 16, kHalfRope> rope;
+
+    __device__ explicit RopeInRegisters(uint32_t address) {
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+        const int row = fragment_row() / 16 * 16 + lane % 16;
+#pragma unroll
+        for (int step = 0; step < kHalfRope / 16; ++step) {
+            const int chunk = (2 * step + lane / 16) ^ row / 2 % 4;
+            mk::ptx::load_matrices(address + row * kRopeRowBytes + chunk * 16,
+                                   reinterpret_cast<uint32_t (&)[4]>(rope.tiles[0][step].data));
+        }
+    }
+    template <class Mma>
+    __device__ __forceinline__ void multiply(Scores& s, int step, uint64_t k) const {
+        Mma::rt_st(s, rope.tiles[0][step], k, 1);
+    }
+};
+// The same where it lies.
+struct RopeInSmem {
     RopeOperand rope;
-    __device__ explicit HalfOperand(uint32_t page)
+
+    __device__ explicit RopeInSmem(uint32_t address) : rope(address) {}
+    template <class Mma>
+    __device__ __forceinline__ void multiply(Scores& s, int step, uint64_t k) const {
+        Mma::st_st(s, rope.slice(step), k, 1);
+    }
+};
+
+// Half the width of Q, and of K.
+template <class Rope>
+struct HalfQ {
+    QOperand latent;
+    Rope rope;
+    __device__ explicit HalfQ(uint32_t page)
         : latent(latent_address(page)), rope(rope_address(page)) {}
 };
-using HalfQ = HalfOperand<QOperand>;
-using HalfK = HalfOperand<KOperand>;
+struct HalfK {
+    KOperand latent;
+    RopeOperand rope;
+    __device__ explicit HalfK(uint32_t page)
+        : latent(latent_address(page)), rope(rope_address(page)) {}
+};
 
 // Issues s (+)= Q K^T over one half of the width; not yet committed.
-template <class Element, bool kFirst>
-__device__ __forceinline__ void multiply_scores(Scores& s, const HalfQ& q, const HalfK& k) {
+template <class Element, bool kFirst, class Rope>
+__device__ __forceinline__ void multiply_scores(Scores& s, const HalfQ<Rope>& q, const HalfK& k) {
     using Mma = kittens::wgmma::base<float, Element, kKvTile, 0, 0>;
     begin_products(s);
 #pragma unroll
@@ -114,23 +138,32 @@ __device__ __forceinline__ void multiply_scores(Scores& s, const HalfQ& q, const
     }
 #pragma unroll
     for (int step = 0; step < kHalfRope / 16; ++step) {
-        Mma::st_st(s, q.rope.slice(step), k.rope.slice(step), 1);
+        q.rope.template multiply<Mma>(s, step, k.rope.slice(step));
     }
 }
 
-// Issues o += P V.
+// Issues o += P V, with P in shared memory.
 template <class Element>
 __device__ __forceinline__ void accumulate(Accumulator& o, const POperand& p, const VOperand& v) {
-    using Mma = kittens::wgmma::base<float, Element, Accumulator::kPartCols, 0, 1>;
+    using Mma = kittens::wgmma::base<float, Element, kHalfLatent, 0, 1>;
+    begin_products(o);
 #pragma unroll
-    for (auto& part : o.part) begin_products(part);
+    for (int step = 0; step < kKvTile / 16; ++step) {
+        Mma::st_st(o, p.slice(step), v.slice(step), 1);
+    }
+    kittens::warpgroup::mma_commit_group();
+}
+
+// The same, with P in registers.
+template <class Element>
+__device__ __forceinline__ void accumulate(Accumulator& o,
+                                           const PFragment<Element>& p,
+                                           const VOperand& v) {
+    using Mma = kittens::wgmma::base<float, Element, kHalfLatent, 0, 1>;
+    begin_products(o);
 #pragma unroll
-    for (int part = 0; part < Accumulator::kParts; ++part) {
-#pragma unroll
-        for (int step = 0; step < kKvTile / 16; ++step) {
-            const int block = part * Accumulator::kPartCols / kBlockCols;
-            Mma::st_st(o.part[part], p.slice(step), v.slice(step, block), 1);
-        }
+    for (int step = 0; step < kKvTile / 16; ++step) {
+        Mma::rt_st(o, p.tiles[0][step], v.slice(step), 1);
     }
     kittens::warpgroup::mma_commit_group();
 }

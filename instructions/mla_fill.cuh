@@ -48,7 +48,6 @@ struct MlaFill {
         }
     };
 
-    using Feeder = mk::Idle;
     using Storer = mk::Idle;
     using Launcher = mk::Idle;
 };

@@ -22,12 +22,8 @@ struct MlaConfig : mk::DefaultConfig {
     using Element = Element_;
     static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
     static constexpr bool kNarrow = kNarrow_;
-    static constexpr int kNumFeederWarps = kNarrow ? 0 : 4;
-    static constexpr int kLaunchRegisters = kNarrow ? 168 : 128;
-    static constexpr int kControlRegisters = !kWholeTileBoxes ? 72 : kNarrow ? 56 : 48;
-    static constexpr int kFeederRegisters = kWholeTileBoxes ? 112 : 104;
-    static constexpr int kConsumerRegisters =
-        kNarrow ? (kWholeTileBoxes ? 224 : 216) : (kWholeTileBoxes ? 176 : 168);
+    static constexpr int kConsumerRegisters = kWholeTileBoxes ? 224 : 216;
+    static constexpr int kControlRegisters = kWholeTileBoxes ? 56 : 72;
 };
 inline constexpr int kElementBytes = 2;
 
@@ -209,10 +205,9 @@ __device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::half) {
 enum class NamedBarrier : int {
     kWarpgroupSynced = 1,  // + warpgroup: its 128 threads
     kConsumersSynced = 3,
-    // Between the scorers and the consumers of a wide partial.
-    kPReady = 4,     // a tile's P, and what it does to the output so far, are in scratch
-    kPFree = 5,      // and have been read
-    kSumsReady = 6,  // what the output is multiplied with in the end is in scratch
+    // Of a wide partial: P of an even tile, or of an odd one, and its maxima are in scratch.
+    kEvenPReady = 4,
+    kOddPReady = 5,
 };
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerThreads = 2 * kWarpgroupThreads;

@@ -2,9 +2,8 @@
 // positions, in tiles of 64.
 //
 //     loader     Q once, then KV tiles into a ring of pages, each as a left and a right half
-//     consumers  two warpgroups; where rows are few (up to 32), see narrow_consumer.cuh. Where they
-//                are more (up to 64) they accumulate what
-//     feeders    score, see wide_exchange.cuh
+//     consumers  two warpgroups; where rows are few (up to 32), see narrow_consumer.cuh, where they
+//                are more (up to 64), wide_consumer.cuh
 //     launcher   half of the copies, where they are row by row
 //     storer     raises the flag of the scratch slot that the consumers have written
 #pragma once
@@ -12,7 +11,6 @@
 #include "instructions/kv_loader.cuh"
 #include "instructions/narrow_consumer.cuh"
 #include "instructions/wide_consumer.cuh"
-#include "instructions/wide_scorer.cuh"
 #include "megakernel/opcode_list.cuh"
 #include "megakernel/state.cuh"
 
@@ -28,10 +26,7 @@ struct MlaPartial {
 
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals& g, int semaphore) {
-            if (semaphore == Pages::kScratchFree) return Config::kNumConsumerWarps;
-            if (semaphore == Pages::kOutputStored) {
-                return Config::kNumConsumerWarps + Config::kNumFeederWarps;
-            }
+            if (semaphore == Pages::kOutputStored) return Config::kNumConsumerWarps;
             if (semaphore >= Pages::kKvEmpty) return kWarpgroupThreads / mk::kWarpThreads;
             if (semaphore >= Pages::kKvFull && copied_by_lanes(g)) return mk::kWarpThreads;
             return 1;
@@ -82,8 +77,6 @@ struct MlaPartial {
 
     using Consumer =
         std::conditional_t<Config::kNarrow, NarrowConsumer<Config>, WideConsumer<Config>>;
-
-    using Feeder = std::conditional_t<Config::kNarrow, mk::Idle, WideScorer<Config>>;
 
     struct Launcher {
         __device__ static void run(const MlaGlobals& g, State& state) {
@@ -152,16 +145,16 @@ struct MlaPartial {
             kv.begin_tile(tile);
             uint32_t full[2], page[2];
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                full[half] = state.semaphore(Pages::full(2 * tile + half));
-                page[half] = mk::ptx::smem_address(state.page(Pages::page(2 * tile + half)));
+            for (int i = 0; i < 2; ++i) {
+                full[i] = state.semaphore(Pages::full(2 * tile + i));
+                page[i] = mk::ptx::smem_address(state.page(Pages::page(2 * tile + i)));
             }
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int i = 2 * tile + half;
-                if (is_launchers(g, i) != (role == mk::Role::kLauncher)) continue;
-                kv.load_half(tile, half, page[half], full[half], [&] {
-                    return Pages::wait_place(state, i);
+            for (int i = 0; i < 2; ++i) {
+                const int half_tile = 2 * tile + i;
+                if (is_launchers(g, half_tile) != (role == mk::Role::kLauncher)) continue;
+                kv.load_half(tile, Pages::half(half_tile), page[i], full[i], [&] {
+                    return Pages::wait_place(state, half_tile);
                 });
             }
             __syncwarp();

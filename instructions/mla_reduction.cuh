@@ -45,7 +45,6 @@ struct MlaReduction {
         }
     };
 
-    using Feeder = mk::Idle;
     using Consumer = ReductionConsumer<Config>;
 
     struct Storer {

@@ -62,8 +62,8 @@ __device__ __forceinline__ void multiply_scores(NarrowScores& s, const NarrowQ& 
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 0, 0>;
     constexpr int kHalf = kFirst ? kLeft : kRight;
     constexpr int kLatentSteps = kHalfLatent / 16, kRopeSteps = kHalfRope / 16;
-    const KOperand k_latent(latent_address(k));
-    const RopeOperand k_rope(rope_address(k));
+    const KOperand k_latent(uniform(latent_address(k)));
+    const RopeOperand k_rope(uniform(rope_address(k)));
     begin_products(s);
 #pragma unroll
     for (int step = 0; step < kLatentSteps; ++step) {
@@ -82,8 +82,8 @@ __device__ __forceinline__ void accumulate(NarrowOutput& o,
                                            const NarrowPTile<Element>& p,
                                            uint32_t v) {
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 1, 0>;
-    const POperand p_positions(mk::ptx::smem_address(&p));
-    const VOperand v_positions(latent_address(v));
+    const POperand p_positions(uniform(mk::ptx::smem_address(&p)));
+    const VOperand v_positions(uniform(latent_address(v)));
 #pragma unroll
     for (int block = 0; block < kHalfBlocks; ++block) begin_products(o.block[kFirstBlock + block]);
 #pragma unroll

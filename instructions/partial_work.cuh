@@ -45,8 +45,9 @@ struct PartialWork {
     }
 };
 
-// Q lies in the first pages. The others are a ring of half tiles of KV: tile 0 left, tile 0 right,
-// tile 1 left, ... A narrow kernel's Q needs one page only, so its ring has one more.
+// Q lies in the first pages. The others are a ring of half tiles of KV, in the order in which they
+// are asked for: tile 0 left, tile 0 right, tile 1 left, ..., in a wide kernel odd tiles right half
+// first. A narrow kernel's Q needs one page only, so its ring has one more.
 template <class Config>
 struct PartialPages {
     static_assert(kHalfTileBytes == Config::kSmemPageBytes);
@@ -64,9 +65,16 @@ struct PartialPages {
         kKvFull,                             // see full()
         kKvEmpty = kKvFull + kFullBarriers,  // + place
         kOutputStored = kKvEmpty + kRing,
-        kScratchFree,  // wide: the consumers have begun
-        kNumSemaphores = kScratchFree + (Config::kNarrow ? 0 : 1),
+        kNumSemaphores,
     };
+
+    // Which half of its tile a half tile is, and the other way round.
+    __device__ static int half(int half_tile) {
+        return Config::kNarrow ? half_tile % 2 : (half_tile ^ half_tile / 2) % 2;
+    }
+    __device__ static int half_tile(int tile, int half) {
+        return 2 * tile + (Config::kNarrow ? half : (half ^ tile) % 2);
+    }
 
     __device__ static int place(int half_tile) { return half_tile % kRing; }
     __device__ static int page(int half_tile) { return kQPages + place(half_tile); }
@@ -94,6 +102,11 @@ struct PartialPages {
     __device__ static void wait_half(const MlaGlobals& g, const State& state, int half_tile) {
         state.wait(full(half_tile), full_phase(half_tile));
         see_half(g);
+    }
+    // Without waiting.
+    template <class State>
+    __device__ static bool is_there(const State& state, int half_tile) {
+        return state.is_over(full(half_tile), full_phase(half_tile));
     }
     // What lanes copied came through the generic proxy; the tensor cores read through the other
     // one.

@@ -41,7 +41,7 @@ struct RowScale {
         for (int tile = 0; tile < Accumulator::width; ++tile) {
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
-                float2& pair = o.tile(tile).data[part];
+                float2& pair = o.tiles[0][tile].data[part];
                 pair.x *= factor[part % 2];
                 pair.y *= factor[part % 2];
             }
@@ -52,7 +52,8 @@ struct RowScale {
 // Running maximum, in units of log2, and sum of this thread's two rows. All four threads of a
 // quad hold the same maximum; each sums its own columns until the end.
 struct RowState {
-    static constexpr float kSlack = 8.f;
+    static constexpr int kSlack = 8;
+    static constexpr float kMost = 1 << kSlack;
 
     float max[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.f, 0.f};
@@ -72,16 +73,33 @@ struct RowState {
         return scale;
     }
 
-    // Turns scores into P, relative to the running maximum. The maximum stays where it is until
-    // a score exceeds it by 2^kSlack: P then is at most that, exact all the same in a format with
-    // an exponent, and most tiles need no rescaling of O at all. So P is computed before it is
-    // known whether this is such a tile.
+    // Turns scores into P, relative to the running maximum. That stays where it is until what this
+    // thread's columns add to a row's sum exceeds 2^kSlack: no P is more than that then, exact all
+    // the same in a format with an exponent, and most tiles need no rescaling of O at all. So P is
+    // computed before it is known whether this is such a tile.
     template <class Element>
     __device__ __forceinline__ RowScale absorb(const Scores& s,
                                                PFragment<Element>& p,
                                                float scale_log2) {
         float added[2];
         weigh(s, p, scale_log2, added);
+        RowScale scale = {1.f, 1.f};
+        bool exceeded = false;
+        for (int i = 0; i < 2; ++i) exceeded |= added[i] > kMost || max[i] == -INFINITY;
+        if (__any_sync(~0u, exceeded)) {
+            float to[2];
+            max_with(s, scale_log2, to);
+            scale = move_max(to);
+            weigh(s, p, scale_log2, added);
+        }
+        for (int i = 0; i < 2; ++i) sum[i] += added[i];
+        return scale;
+    }
+
+    // The running maximum once these scores are among those that have been seen.
+    __device__ __forceinline__ void max_with(const Scores& s,
+                                             float scale_log2,
+                                             float (&to)[2]) const {
         float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll
         for (int tile = 0; tile < Scores::width; ++tile) {
@@ -91,18 +109,7 @@ struct RowState {
                 top[part % 2] = fmaxf(top[part % 2], fmaxf(pair.x, pair.y));
             }
         }
-        RowScale scale = {1.f, 1.f};
-        const bool exceeded =
-            top[0] * scale_log2 > max[0] + kSlack || top[1] * scale_log2 > max[1] + kSlack;
-        if (__any_sync(~0u, exceeded)) {
-            float to[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) to[i] = fmaxf(quad_max(top[i]) * scale_log2, max[i]);
-            scale = move_max(to);
-            weigh(s, p, scale_log2, added);
-        }
-        for (int i = 0; i < 2; ++i) sum[i] += added[i];
-        return scale;
+        for (int i = 0; i < 2; ++i) to[i] = fmaxf(quad_max(top[i]) * scale_log2, max[i]);
     }
 
     // P, and what this thread's columns add to the sums.

@@ -1,8 +1,24 @@
-// The consumers of a partial of up to 64 rows: see wide_exchange.cuh.
+// The consumers of a partial of up to 64 rows: two warpgroups that see-saw.
+//
+// One takes the even tiles, one the odd ones: it scores them and turns the scores into P. But of
+// the output each accumulates half the latent columns over all tiles, the left one columns 0-255,
+// the right one columns 256-511, so each needs the other's P. A warpgroup's turn:
+//
+//     score its own half of the tile's columns
+//     add P V of the tile before, which is the other's, P from scratch
+//     score the other half
+//     scores -> P, for itself in registers, for the other in scratch
+//     add P V of its own tile, P from registers
+//
+// The tensor cores work for one while the other is at its softmax. And of the four half tiles in
+// the ring each is let go of at a time of its own, a quarter of a turn after the one before, and
+// asked for again in that order.
 #pragma once
 
 #include "instructions/epilogue.cuh"
-#include "instructions/wide_exchange.cuh"
+#include "instructions/partial_work.cuh"
+#include "instructions/softmax.cuh"
+#include "megakernel/state.cuh"
 
 namespace mla {
 
@@ -11,90 +27,237 @@ class WideConsumer {
     using State = mk::State<Config>;
     using Element = typename Config::Element;
     using Pages = PartialPages<Config>;
-    using Exchange = WideExchange<Config>;
 
   public:
     __device__ static void run(const MlaGlobals& g, State& state) {
-        // What lay in scratch is no longer wanted: the scorers may write there.
-        if (is_first_lane()) state.arrive(Pages::kScratchFree);
-        Accumulator o;
-        for (auto& part : o.part) kittens::zero(part);
-        accumulate_tiles(g, state, o);
-        const RowScale inverse = scale_of(Exchange::of(state).inverse, fragment_row());
-        store(g, state, o, inverse);
-        mk::ptx::fence_proxy_async_smem();
-        __syncwarp();
-        if (is_first_lane()) state.release_page(half(), 1);
-        if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
-        if (is_first_lane()) state.arrive(Pages::kOutputStored);
+        WideConsumer consumer(g, state);
+        consumer.attend();
+        consumer.finish();
     }
 
   private:
-    // Which half of the latent columns.
-    __device__ static int half() { return mk::ptx::thread_in_cta() / kWarpgroupThreads; }
-    // Shared-memory address of this warpgroup's half of a tile.
-    __device__ static uint32_t half_page(const State& state, int tile) {
-        return mk::ptx::smem_address(state.page(Pages::page(2 * tile + half())));
-    }
-    __device__ static RowScale scale_of(const float* of_row, int row) {
-        return {of_row[row], of_row[row + 8]};
+    static constexpr int kGroups = 2;  // warpgroups
+
+    // Registers are short where tiles come in other ways.
+    using Rope = std::conditional_t<Config::kWholeTileBoxes, RopeInRegisters<Element>, RopeInSmem>;
+
+    struct Scratch {
+        PTile<Element> p;              // of the tile scored last
+        float max[kMaxRows];           // that it is relative to
+        float sum[kGroups][kMaxRows];  // in the end, of a warpgroup's own tiles
+    };
+    static_assert(sizeof(Scratch) <= Config::kScratchBytes);
+
+    const MlaGlobals& g;
+    const State& state;
+    const int group = __shfl_sync(~0u, mk::ptx::thread_in_cta() / kWarpgroupThreads, 0);
+    const int row = fragment_row();  // of this thread, and the one eight below
+    const int num_tiles;
+    const int plain_tiles;  // leading tiles that every row sees in full
+    // A warpgroup's tiles all come to the same pages: of its own tiles its half of the columns and
+    // the other half, of the other's tiles its half.
+    const uint32_t own_page, other_half_page, others_page;
+    Accumulator o;
+    RowState rows;
+
+    __device__ WideConsumer(const MlaGlobals& g, State& state)
+        : g(g),
+          state(state),
+          num_tiles(PartialWork::num_tiles_of(state.words())),
+          plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
+          own_page(half_page(group, group)),
+          other_half_page(half_page(group, 1 - group)),
+          others_page(half_page(1 - group, group)) {
+        kittens::zero(o);
+        state.wait(Pages::kQFull, 0);
+        if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
     }
 
-    __device__ static void accumulate_tiles(const MlaGlobals& g,
-                                            const State& state,
-                                            Accumulator& o) {
-        const Exchange& exchange = Exchange::of(state);
-        const POperand p(mk::ptx::smem_address(&exchange.p));
-        const int num_tiles = PartialWork::num_tiles_of(state.words());
-        const int row = fragment_row();
-        for (int tile = 0;; ++tile) {
-            // What can be known before a wait is: what comes after is on the way of every tile.
-            const VOperand v(half_page(state, tile));
-            const uint32_t emptied = Pages::emptied(state, 2 * tile + half(), num_tiles);
-            const bool arrives = is_first_lane();
-            clear_past_length(g, state, tile);
-            barrier_sync(NamedBarrier::kPReady, kWideThreads);
-            Pages::see_half(g);
-            scale_of(exchange.scale, row).apply(o);
-            accumulate<Element>(o, p, v);
+    __device__ Scratch& scratch() const { return *reinterpret_cast<Scratch*>(state.scratch()); }
+    __device__ uint32_t page(int logical) const {
+        return mk::ptx::smem_address(state.page(logical));
+    }
+    __device__ uint32_t half_page(int tile, int half) const {
+        return uniform(page(Pages::page(Pages::half_tile(tile, half))));
+    }
+
+    // ---- the tiles ------------------------------------------------------------------
+
+    __device__ void attend() {
+        const HalfQ<Rope> q_own(page(group)), q_other(page(1 - group));
+        int tile = group;
+        for (; tile < num_tiles; tile += kGroups) {
+            Scores s;
+            const int own_half = Pages::half_tile(tile, group), other_half = own_half ^ 1;
+            Pages::wait_half(g, state, own_half);
+            multiply_scores<Element, true>(s, q_own, HalfK(own_page));
+            kittens::warpgroup::mma_commit_group();
+            bool holds_others = tile > 0;
+            uint32_t others = 0;
+            if (holds_others) {
+                others = emptied(tile - 1);
+                add_others(tile - 1);
+                // Where memory is slow, what is read does not wait for what is still to come.
+                if (!Pages::is_there(state, other_half)) {
+                    kittens::warpgroup::mma_async_wait();
+                    let_go(others);
+                    holds_others = false;
+                }
+            }
+            Pages::wait_half(g, state, other_half);
+            multiply_scores<Element, false>(s, q_other, HalfK(other_half_page));
+            kittens::warpgroup::mma_commit_group();
+            if (holds_others) {
+                kittens::warpgroup::mma_async_wait<1>();
+                let_go(others);
+            }
             kittens::warpgroup::mma_async_wait();
-            if (arrives) mk::ptx::mbar_arrive(emptied);
-            if (tile + 1 == num_tiles) break;
-            barrier_arrive(NamedBarrier::kPFree, kWideThreads);
+            add_own(s, tile);
         }
-        barrier_sync(NamedBarrier::kSumsReady, kWideThreads);
+        if (tile > num_tiles) return;
+        const uint32_t others = emptied(num_tiles - 1);
+        add_others(num_tiles - 1);
+        publish_sums();
+        kittens::warpgroup::mma_async_wait();
+        let_go(others);
+    }
+
+    // The other one has written P after it had all of the tile.
+    __device__ void add_others(int tile) {
+        barrier_sync(p_ready(1 - group), kConsumerThreads);
+        Pages::see_half(g);
+        if (tile + 1 == num_tiles) clear_past_length(tile);
+        const Scratch& shared = scratch();
+        const float max[2] = {shared.max[row], shared.max[row + 8]};
+        if (__any_sync(~0u, max[0] != rows.max[0] || max[1] != rows.max[1])) {
+            rows.move_max(max).apply(o);
+        }
+        accumulate<Element>(o, POperand(mk::ptx::smem_address(&shared.p)), VOperand(others_page));
+    }
+
+    // P is written where the other's was: the products with that came before the scores.
+    __device__ void add_own(Scores& s, int tile) {
+        if (tile >= plain_tiles) {
+            const PartialWork work(g, state.words());
+            const int begin = work.start + tile * kKvTile;
+            hide_past(s, work.visible(g, row) - begin, work.visible(g, row + 8) - begin);
+            if (tile + 1 == num_tiles) clear_past_length(tile);
+        }
+        const uint32_t own = emptied(tile);
+        PFragment<Element> p;
+        const RowScale moved = rows.template absorb<Element>(s, p, g.scale_log2);
+        // The other warpgroup is told when these stores have landed: until then, one more product.
+        put_p(p);
+        moved.apply(o);
+        accumulate<Element>(o, p, VOperand(own_page));
+        mk::ptx::fence_proxy_async_smem();
+        barrier_arrive(p_ready(group), kConsumerThreads);
+        if (tile + 1 == num_tiles) publish_sums();
+        kittens::warpgroup::mma_async_wait();
+        let_go(own);
+    }
+
+    __device__ void put_p(const PFragment<Element>& p) const {
+        Scratch& shared = scratch();
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+        const int p_row = row / 16 * 16 + lane % 16;
+        const uint32_t to = mk::ptx::smem_address(&shared.p) + p_row * kBlockRowBytes +
+                            (lane / 16 ^ p_row % kGroupRows) * 16;
+#pragma unroll
+        for (int i = 0; i < kKvTile / 16; ++i) {
+            mk::ptx::store_matrices(to ^ i * 32,
+                                    reinterpret_cast<const uint32_t (&)[4]>(p.tiles[0][i].data));
+        }
+        put_rows(shared.max, rows.max);
+    }
+
+    // While the last tile is being added.
+    __device__ void publish_sums() {
+        rows.sum_up();
+        put_rows(scratch().sum[group], rows.sum);
+    }
+
+    // This warpgroup's half of a tile: who looks after it next.
+    __device__ uint32_t emptied(int tile) const {
+        return Pages::emptied(state, Pages::half_tile(tile, group), num_tiles);
+    }
+    __device__ static void let_go(uint32_t emptied) {
+        if (is_first_lane()) mk::ptx::mbar_arrive(emptied);
     }
 
     // V rows past the request's length meet P = 0, but NaN * 0 is NaN: they become 0.
-    __device__ static void clear_past_length(const MlaGlobals& g, const State& state, int tile) {
+    __device__ void clear_past_length(int tile) const {
         const int valid =
             state.word(PartialWords::kLength) - state.word(PartialWords::kStart) - tile * kKvTile;
         if (valid >= kKvTile) return;
-        // The tile before was there, or it would have had no P: this phase is the next one to end.
-        Pages::wait_half(g, state, 2 * tile + half());
-        clear_rows(half_page(state, tile), valid);
+        clear_rows(half_page(tile, group), valid);
         mk::ptx::fence_proxy_async_smem();
-        mk::ptx::named_barrier_sync(warpgroup_barrier(half()), kWarpgroupThreads);
+        mk::ptx::named_barrier_sync(warpgroup_barrier(group), kWarpgroupThreads);
     }
 
-    // By way of Q's pages: nothing reads Q after the scores of the last tile.
-    __device__ static void store(const MlaGlobals& g,
-                                 const State& state,
-                                 const Accumulator& o,
-                                 const RowScale& inverse) {
+    __device__ static NamedBarrier p_ready(int group) {
+        return group == 0 ? NamedBarrier::kEvenPReady : NamedBarrier::kOddPReady;
+    }
+    // All four threads of a quad write the same.
+    __device__ void put_rows(float* to, const float (&value)[2]) const {
+        to[row] = value[0];
+        to[row + 8] = value[1];
+    }
+
+    // ---- the end --------------------------------------------------------------------
+
+    __device__ void finish() {
         const PartialWork work(g, state.words());
+        const Scratch& shared = scratch();
+        barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+        for (int i = 0; i < 2; ++i) rows.sum[i] += shared.sum[1 - group][row + 8 * i];
+        // Nobody reads Q any more: its pages are for the output now.
+        store_output(work);
+        store_lse(work);
+        mk::ptx::fence_proxy_async_smem();
+        // Nobody begins the next instruction's scratch before all have read this one's.
+        barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+        if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
+        if (!is_first_lane()) return;
+        state.release_page(group, 1);
+        state.arrive(Pages::kOutputStored);
+    }
+
+    __device__ void store_output(const PartialWork& work) const {
         // Warps without a row of the group have nothing to store.
-        if (fragment_row() / 16 * 16 >= work.num_rows) return;
-        const uint32_t page = mk::ptx::smem_address(state.page(half()));
-        const int first_col = half() * kHalfLatent;
+        if (row / 16 * 16 >= work.num_rows) return;
+        const RowScale inverse = inverse_sum(work);
+        const int first_col = group * kHalfLatent;
         if (writes_scratch(work.dst_batch)) {
             const int slot = scratch_slot(work.dst_batch);
             float* dst = g.o_scratch + g.scratch_row(slot, 0) * kLatentDim;
-            store_rows(o, inverse, page, dst + first_col, work.num_rows);
+            store_rows(o, inverse, page(group), dst + first_col, work.num_rows);
         } else {
             Element* dst = reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            store_rows(o, inverse, page, dst + first_col, work.num_rows);
+            store_rows(o, inverse, page(group), dst + first_col, work.num_rows);
+        }
+    }
+
+    __device__ RowScale inverse_sum(const PartialWork& work) const {
+        float sink_log2[2] = {-INFINITY, -INFINITY};
+        if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
+            for (int i = 0; i < 2; ++i) {
+                sink_log2[i] = g.sink_log2(work.flat_row(g, min(row + 8 * i, work.num_rows - 1)));
+            }
+        }
+        return rows.inverse_sum(sink_log2);
+    }
+
+    // Each warpgroup looks after one of a thread's two rows.
+    __device__ void store_lse(const PartialWork& work) const {
+        const int own = row + 8 * group;
+        if (mk::ptx::thread_in_cta() % 4 != 0 || own >= work.num_rows) return;
+        const float lse_log2 = group == 0 ? rows.lse_log2(0) : rows.lse_log2(1);
+        if (writes_scratch(work.dst_batch)) {
+            g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), own)] = lse_log2;
+        } else {
+            g.store_lse(work.flat_row(g, own), lse_log2);
         }
     }
 };

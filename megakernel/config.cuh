@@ -15,22 +15,18 @@ inline constexpr int kOpcodeEndOfQueue = -1;
 inline constexpr int kHopperSmemBytes = 227 * 1024;  // most that one CTA may ask for
 inline constexpr int kHopperRegisters = 64 * 1024;
 
-// Warps of a CTA, in this order: consumers and feeders first, because warpgroup instructions want
-// warps aligned to four; then one control warpgroup, a warp per role. Feeders are compute warps
-// too, with a share of registers of their own: they prepare what consumers need next. A program may
-// do without.
-enum class Role : int { kConsumer = 0, kController, kLoader, kStorer, kLauncher, kFeeder };
-inline constexpr int kNumRoles = 6;
+// Warps of a CTA, in this order: consumers first, because warpgroup instructions want warps aligned
+// to four; then one control warpgroup, a warp per role.
+enum class Role : int { kConsumer = 0, kController, kLoader, kStorer, kLauncher };
+inline constexpr int kNumRoles = 5;
 
 struct DefaultConfig {
     static constexpr int kNumConsumerWarps = 8;
-    static constexpr int kNumFeederWarps = 0;
     static constexpr int kNumControlWarps = 4;
 
     // Registers per thread after setmaxnreg. At launch every thread has the same share.
     static constexpr int kLaunchRegisters = 168;
     static constexpr int kConsumerRegisters = 232;
-    static constexpr int kFeederRegisters = 0;
     static constexpr int kControlRegisters = 40;
 
     static constexpr int kNumSmemPages = 6;
@@ -53,18 +49,15 @@ struct WithTimings : Base {
 };
 
 template <class Config>
-constexpr int kNumThreads =
-    (Config::kNumConsumerWarps + Config::kNumFeederWarps + Config::kNumControlWarps) * kWarpThreads;
+constexpr int kNumThreads = (Config::kNumConsumerWarps + Config::kNumControlWarps) * kWarpThreads;
 
 template <class Config>
 constexpr bool check_register_budget() {
     constexpr int consumers = Config::kNumConsumerWarps * kWarpThreads;
-    constexpr int feeders = Config::kNumFeederWarps * kWarpThreads;
     constexpr int control = Config::kNumControlWarps * kWarpThreads;
     static_assert(kNumThreads<Config> * Config::kLaunchRegisters <= kHopperRegisters,
                   "registers at launch exceed the register file");
-    static_assert(consumers * Config::kConsumerRegisters + feeders * Config::kFeederRegisters +
-                          control * Config::kControlRegisters <=
+    static_assert(consumers * Config::kConsumerRegisters + control * Config::kControlRegisters <=
                       kNumThreads<Config> * Config::kLaunchRegisters,
                   "setmaxnreg can only hand out what the CTA was launched with");
     return true;

@@ -52,8 +52,8 @@ class Controller {
             ticket = __shfl_sync(~0u, ticket, 0);
             const int32_t word = fetch_word(args, ticket);
             state.advance();
-            const bool goes_on = retire_slot(state) && !state.failed();
-            decode(globals, state, ticket, goes_on ? word : kOpcodeEndOfQueue);
+            if (!retire_slot(state)) break;
+            decode(globals, state, ticket, word);
         }
         if (is_first_lane) leave_queue(args.queue, state.control().epoch);
         watch_the_rest(state);
@@ -77,16 +77,19 @@ class Controller {
         }
     }
 
-    // Waits until the instruction that had this slot is done, and takes its semaphores down.
+    // Waits until the instruction that had this slot is done, and takes its semaphores down. False:
+    // the CTA has failed, and the slot stays as it is. A role may still be at work in it, and what
+    // the failure was is read from it.
     __device__ static bool retire_slot(State<Config>& state) {
         const int lane = threadIdx.x % kWarpThreads;
-        if (state.index() < Config::kInstructionRing) return true;
-        const int slot = state.slot();
-        ControlBlock<Config>& control = state.control();
-        const bool ok = wait_retired(state, state.index() - Config::kInstructionRing);
-        if (lane < control.num_semaphores[slot]) ptx::mbar_invalidate(state.semaphore(lane));
+        const bool is_used = state.index() >= Config::kInstructionRing;
+        const bool ok = !is_used || wait_retired(state, state.index() - Config::kInstructionRing);
+        if (!__all_sync(~0u, ok && !state.failed())) return false;
+        if (is_used && lane < state.control().num_semaphores[state.slot()]) {
+            ptx::mbar_invalidate(state.semaphore(lane));
+        }
         __syncwarp();
-        return __all_sync(~0u, ok);
+        return true;
     }
 
     __device__ static void wait_prefetch_gate(State<Config>& state) {
@@ -124,8 +127,13 @@ class Controller {
                 control.num_semaphores[slot] = Op::kNumSemaphores;
             });
         if (!known && lane == 0) {
-            state.watchdog().raise(
-                slot, WaitKind::kBadOpcode, slot, 0, opcode, Watchdog<Config>::kHere);
+            state.watchdog().raise(Role::kController,
+                                   slot,
+                                   WaitKind::kBadOpcode,
+                                   slot,
+                                   0,
+                                   opcode,
+                                   Watchdog<Config>::kHere);
             control.words[slot][kWordOpcode] = kOpcodeEndOfQueue;
         }
         if (opcode != kOpcodeEndOfQueue && lane == 0) {

@@ -29,9 +29,7 @@ __device__ void init_control_block() {
 template <class Config>
 __device__ Role role_of_warp(int warp) {
     if (warp < Config::kNumConsumerWarps) return Role::kConsumer;
-    warp -= Config::kNumConsumerWarps;
-    if (warp < Config::kNumFeederWarps) return Role::kFeeder;
-    return static_cast<Role>(warp - Config::kNumFeederWarps + 1);
+    return static_cast<Role>(warp - Config::kNumConsumerWarps + 1);
 }
 
 // Globals: what the opcodes read. It has a `MegakernelArgs megakernel`, and a `prefetch()` that one
@@ -62,12 +60,6 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
         ptx::move_registers<Config::kLaunchRegisters, Config::kConsumerRegisters>();
         State<Config> state(args, role);
         run_role<Role::kConsumer, Config, Ops>(globals, state);
-    } else if (role == Role::kFeeder) {
-        if constexpr (Config::kNumFeederWarps > 0) {
-            ptx::move_registers<Config::kLaunchRegisters, Config::kFeederRegisters>();
-            State<Config> state(args, role);
-            run_role<Role::kFeeder, Config, Ops>(globals, state);
-        }
     } else {
         ptx::move_registers<Config::kLaunchRegisters, Config::kControlRegisters>();
         State<Config> state(args, role);

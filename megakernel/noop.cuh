@@ -28,7 +28,6 @@ struct Noop {
         }
     };
     using Consumer = Idle;
-    using Feeder = Idle;
     using Storer = Idle;
     using Launcher = Idle;
 };

@@ -8,7 +8,6 @@
 //         released_page(globals, words, k)        // the k-th page, in order of release
 //     };
 //     struct Loader, Consumer, Storer, Launcher   // each: static run(globals, state)
-//     struct Feeder                               // the same, where the config has feeders
 #pragma once
 
 #include <type_traits>

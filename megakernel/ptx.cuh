@@ -56,6 +56,21 @@ __device__ __forceinline__ bool mbar_try_wait(uint32_t mbar, uint32_t parity) {
     return done != 0;
 }
 
+// The same, but never suspends the thread.
+__device__ __forceinline__ bool mbar_test_wait(uint32_t mbar, uint32_t parity) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred complete;\n"
+        "mbarrier.test_wait.parity.acquire.cta.shared::cta.b64 complete, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, complete;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(mbar), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
 // ---- copies through the asynchronous proxy ---------------------------------
 
 // Orders this thread's ordinary accesses before asynchronous-proxy ones (TMA, wgmma) that follow.
@@ -214,7 +229,23 @@ __device__ __forceinline__ void store_smem_float4(uint32_t address, const float4
 
 // ---- 8 x 8 matrices of 16-bit elements ------------------------------------------
 
-// A warp's four matrices, each transposed: lane l gives the place of row l % 8 of matrix l / 8.
+// A warp's four matrices: lane l gives the place of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t row, uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+}
+// The same, out of registers.
+__device__ __forceinline__ void store_matrices(uint32_t row, const uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),
+                 "r"(m[0]),
+                 "r"(m[1]),
+                 "r"(m[2]),
+                 "r"(m[3])
+                 : "memory");
+}
+// The same, each transposed.
 __device__ __forceinline__ void store_matrices_transposed(uint32_t row, const uint32_t (&m)[4]) {
     asm volatile(
         "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row),

@@ -1,4 +1,4 @@
-// The loop that loaders, consumers, feeders, storers and launchers share: take the next
+// The loop that loaders, consumers, storers and launchers share: take the next
 // decoded instruction, run this role's part of it, say that it is done.
 #pragma once
 
@@ -14,15 +14,13 @@ struct RoleOf<Role::kLoader, Op> : Op::Loader {};
 template <class Op>
 struct RoleOf<Role::kConsumer, Op> : Op::Consumer {};
 template <class Op>
-struct RoleOf<Role::kFeeder, Op> : Op::Feeder {};
-template <class Op>
 struct RoleOf<Role::kStorer, Op> : Op::Storer {};
 template <class Op>
 struct RoleOf<Role::kLauncher, Op> : Op::Launcher {};
 
 template <class Config>
 constexpr int retire_arrivals() {  // one per warp but the controller's
-    return Config::kNumConsumerWarps + Config::kNumFeederWarps + Config::kNumControlWarps - 1;
+    return Config::kNumConsumerWarps + Config::kNumControlWarps - 1;
 }
 
 template <Role kRole, class Config, class Ops, class Globals>

@@ -80,6 +80,11 @@ class State {
         return wait_local(semaphore(index), phase & 1, WaitKind::kSemaphore, index);
     }
 
+    // Whether a wait would end at once.
+    __device__ bool is_over(int index, uint32_t phase) const {
+        return ptx::mbar_test_wait(semaphore(index), phase & 1);
+    }
+
     // ---- other CTAs -----------------------------------------------------------------
 
     // Waits until the flag carries this launch's epoch, then sees what was written before it.
@@ -151,7 +156,8 @@ class State {
                                                WaitKind kind,
                                                int index) const {
         while (!ptx::mbar_try_wait(mbar, parity)) {
-            watchdog_.note(slot(), kind, index, parity);
+            // Who waits for an instruction hangs in none, and another warp of the role may.
+            if (kind != WaitKind::kInstruction) watchdog_.note(slot(), kind, index, parity);
             if (watchdog_.failed()) [[unlikely]]
                 return false;
         }

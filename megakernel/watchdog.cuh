@@ -55,49 +55,51 @@ class Watchdog {
         const bool other_failed =
             ptx::load_relaxed_gpu(&args_.queue->failed_epoch) == control().epoch;
         if (!other_failed && elapsed < limit) return false;
-        const bool is_first =
-            raise(slot, kind, index, expected, seen, other_failed ? kElsewhere : kHere);
-        if (is_first && role_ == Role::kController) blame_role();
+        const Cause cause = other_failed ? kElsewhere : kHere;
+        if (role_ != Role::kController || !blame_role(cause)) {
+            raise(role_, slot, kind, index, expected, seen, cause);
+        }
         return true;
     }
 
     enum Cause { kHere = 1, kElsewhere = 2 };
 
-    // False: there has been a failure before.
-    __device__ __forceinline__ bool raise(
-        int slot, WaitKind kind, int index, int expected, int seen, Cause cause) const {
+    // Does nothing where there has been a failure before.
+    __device__ __forceinline__ void raise(
+        Role role, int slot, WaitKind kind, int index, int expected, int seen, Cause cause) const {
         CtaFailure& failure = control().failure;
-        if (atomicCAS(&failure.raised, 0, static_cast<int>(cause)) != 0) return false;
-        failure.role = static_cast<int32_t>(role_);
+        if (atomicCAS(&failure.raised, 0, static_cast<int>(cause)) != 0) return;
+        failure.role = static_cast<int32_t>(role);
         failure.slot = slot;
         failure.wait_kind = static_cast<int32_t>(kind);
         failure.index = index;
         failure.expected = expected;
         failure.seen = seen;
         ptx::store_relaxed_gpu(&args_.queue->failed_epoch, control().epoch);
-        return true;
     }
 
   private:
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
 
     // The controller waits because a role does: the first one with a note, in the order in which
-    // roles wait for each other.
-    __device__ static void blame_role() {
-        CtaFailure& failure = control().failure;
-        for (const Role role :
-             {Role::kLoader, Role::kLauncher, Role::kFeeder, Role::kConsumer, Role::kStorer}) {
+    // roles wait for each other. False: none has. The notes are read before anything is raised,
+    // because who sees a failure walks on and clears its own.
+    __device__ bool blame_role(Cause cause) const {
+        for (const Role role : {Role::kLoader, Role::kLauncher, Role::kConsumer, Role::kStorer}) {
             const int32_t note = control().wait_of_role[static_cast<int>(role)];
             const int kind = note >> 24;
-            if (kind == 0 || kind == static_cast<int>(WaitKind::kInstruction)) continue;
-            failure.role = static_cast<int32_t>(role);
-            failure.slot = note >> 20 & 0xf;
-            failure.wait_kind = kind;
-            failure.index = note & 0xffff;
-            failure.expected = note >> 16 & 1;
-            failure.seen = failure.expected ^ 1;
-            return;
+            if (kind == 0) continue;
+            const int expected = note >> 16 & 1;
+            raise(role,
+                  note >> 20 & 0xf,
+                  static_cast<WaitKind>(kind),
+                  note & 0xffff,
+                  expected,
+                  expected ^ 1,
+                  cause);
+            return true;
         }
+        return false;
     }
 
     // Below this much waiting nobody looks at global memory.

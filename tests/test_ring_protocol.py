@@ -20,7 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 NARROW_RING, WIDE_RING = 5, 4  # pages
-GROUPS = 2  # of a narrow partial: warpgroups that take tiles in turns
+GROUPS = 2  # warpgroups that take tiles in turns
 LOADER, LAUNCHER = 0, 1
 
 
@@ -160,50 +160,52 @@ class NarrowRing(Ring):
         return after
 
 
+@dataclass(frozen=True)
 class WideRing(Ring):
-    """The scorers see every half tile and hand P, tile by tile, to the left and the right
-    consumers, who let go of a half each.
+    """Warpgroups take tiles in turns, but each accumulates its half of all of them.
 
-    ``readers`` are the half tiles that the scorers have seen, the P that they have handed over, and
-    for each consumer the tiles that it has accumulated. Before the last tile a consumer waits for
-    its half of it, to clear what the request does not have: one step more.
+    ``readers`` are how many steps of their programs they have taken. ``early``: the other's half
+    tile is let go of before the second half of the own one is waited for.
     """
 
+    early: bool = True
+
+    def program(self, group: int) -> list[tuple[str, int]]:
+        """Half tiles by the order in which they are asked for: a tile's scorer reads the first."""
+        steps: list[tuple[str, int]] = []
+        for tile in range(group, self.tiles, GROUPS):
+            steps.append(("see", 2 * tile))
+            others = [("take", tile - 1), ("release", 2 * tile - 1)] if tile > 0 else []
+            second = ("see", 2 * tile + 1)
+            steps += [*others, second] if self.early else [*others[:1], second, *others[1:]]
+            steps += [("give", tile), ("release", 2 * tile)]
+        if self.tiles % GROUPS != (group + 1) % GROUPS:
+            steps += [("take", self.tiles - 1), ("release", 2 * self.tiles - 1)]
+        return steps
+
     def first_readers(self) -> tuple[int, ...]:
-        return (0, 0, 0, 0)
+        return (0,) * GROUPS
 
     def is_done(self, s: State) -> bool:
-        return min(s.readers[2:]) == self.tiles + 1
+        return all(s.readers[group] == len(self.program(group)) for group in range(GROUPS))
 
     def reads(self, s: State) -> list[State]:
-        return self.scores(s) + self.hand_overs(s) + self.accumulations(s)
-
-    def scores(self, s: State) -> list[State]:
-        half, handed_over = s.readers[:2]
-        if half == 2 * self.tiles or half // 2 > handed_over or not self.sees(s, half):
-            return []
-        return [replace(s, readers=bumped(s.readers, 0))]
-
-    def hand_overs(self, s: State) -> list[State]:
-        """There is one P: both consumers have read the last one."""
-        half, handed_over, left, right = s.readers
-        if handed_over == half // 2 or min(left, right) < handed_over:
-            return []
-        return [replace(s, readers=bumped(s.readers, 1))]
-
-    def accumulations(self, s: State) -> list[State]:
         after = []
-        for half, done in enumerate(s.readers[2:]):
-            reader = 2 + half
-            if done == self.tiles - 1:  # clears
-                if self.sees(s, 2 * done + half):
-                    after.append(replace(s, readers=bumped(s.readers, reader)))
+        for group, taken in enumerate(s.readers):
+            program = self.program(group)
+            if taken == len(program):
                 continue
-            tile = min(done, self.tiles - 1)
-            if done > self.tiles or s.readers[1] <= tile:
+            kind, what = program[taken]
+            step = replace(s, readers=bumped(s.readers, group))
+            if kind == "see" and not self.sees(s, what):
                 continue
-            empty = self.released(s.empty, 2 * tile + half)
-            after.append(replace(s, empty=empty, readers=bumped(s.readers, reader)))
+            if kind == "take":  # a tile that the other warpgroup has made P of
+                others = self.program(1 - group)[: s.readers[1 - group]]
+                if ("give", what) not in others:
+                    continue
+            if kind == "release":
+                step = replace(step, empty=self.released(s.empty, what))
+            after.append(step)
         return after
 
 
@@ -222,10 +224,13 @@ def test_every_half_tile_is_there_when_a_narrow_kernel_reads_it(tiles: int, help
     assert ring.visit_all() > 2 * tiles
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("helped", [False, True])
 @pytest.mark.parametrize("tiles", TILES)
-def test_every_half_tile_is_there_when_a_wide_kernel_reads_it(tiles: int, helped: bool) -> None:
-    assert WideRing(tiles, WIDE_RING, WIDE_RING, helped).visit_all() > 2 * tiles
+def test_every_half_tile_is_there_when_a_wide_kernel_reads_it(
+    tiles: int, helped: bool, early: bool
+) -> None:
+    assert WideRing(tiles, WIDE_RING, WIDE_RING, helped, early).visit_all() > 2 * tiles
 
 
 @pytest.mark.parametrize("tiles", [5, 9, 16])

@@ -4,8 +4,8 @@
 
 ``_scheduler`` is plain C++17 and builds anywhere. ``_kernels`` needs nvcc (from ``CUDA_HOME``,
 ``PATH``, or the registry's wheels) and the ThunderKittens headers; without nvcc it is left out,
-which is said loudly. A register spill in a kernel fails the build. The tutorial's ``_rms_norm`` is
-built beside its sources, but not for an installed package.
+which is said loudly. A register spill in a kernel fails the build. The kernels of demos, benchmarks
+and tests are built beside their sources, but not for an installed package.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from tools import environment, fetch_thunderkittens  # noqa: E402
 BUILD = ROOT / "build"
 PACKAGE = ROOT / "python" / "mla_decode"
 # CUDA modules that no user of the package needs, and their sources.
-BESIDE_THE_PACKAGE = {"demos/_rms_norm": "demos/*.cu", "benchmarks/_stream": "benchmarks/*.cu"}
+BESIDE_THE_PACKAGE = {
+    "demos/_rms_norm": "demos/*.cu",
+    "benchmarks/_stream": "benchmarks/*.cu",
+    "tests/_hanging": "tests/*.cu",
+}
 NVCC_FLAGS = (
     "-gencode=arch=compute_90a,code=sm_90a -std=c++20 -O3 -lineinfo -DKITTENS_HOPPER "
     "--expt-relaxed-constexpr --expt-extended-lambda -Xptxas -v "

@@ -33,7 +33,7 @@ BATCHES = (
 # hand-over; each pair below is ordered by the barrier that is named.
 RING_SLOT = "a ring slot is rebuilt after every warp has arrived at `retired`"
 PAGE = "a page changes hands through `page_free`, after its last reader and writer arrived"
-HAND_OVER = "scorers and consumers take turns by kPReady, kPFree and kSumsReady"
+HAND_OVER = "the warpgroups of a wide partial hand P to each other by kEvenPReady and kOddPReady"
 NOTE = "notes of what a role waits for are for the watchdog; whoever comes last may have the word"
 EXPLAINED = {
     frozenset({"note"}): NOTE,
@@ -51,7 +51,7 @@ EXPLAINED = {
     frozenset({"mbar_invalidate", "mbar_arrive_expect_tx"}): RING_SLOT,
     frozenset({"mbar_invalidate", "mbar_try_wait"}): RING_SLOT,
     frozenset({"clear_rows", "load_smem_float4"}): PAGE,
-    frozenset({"publish_rows", "scale_of"}): HAND_OVER,
+    frozenset({"put_rows", "add_others"}): HAND_OVER,
 }
 
 

@@ -135,10 +135,10 @@ py::object take_error(int device) {
         return error;
     }
     static constexpr const char* kRoles[] = {
-        "consumer", "controller", "loader", "storer", "launcher", "feeder"};
+        "consumer", "controller", "loader", "storer", "launcher"};
     error["kind"] = "timeout";
     error["sm"] = record->sm;
-    error["role"] = kRoles[record->role % 6];
+    error["role"] = kRoles[record->role % 5];
     error["instruction"] = record->instruction;
     error["uid"] = record->uid;
     error["opcode"] = record->opcode;
