@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from mla_decode import cost
 
-from benchmarks.measure import CACHE_FACTOR, WARMUP_REPLAYS
+from benchmarks.case import CACHE_FACTOR
+from benchmarks.measure import median_replay_us
 
 MEGABYTES = (9.4, 42.5, 75.5, 151, 302, 608)
 ALIGNMENT = 1 << 16  # bytes; streams that begin within a cache line are a tenth slower
@@ -63,16 +63,7 @@ def stream_us(num_bytes: int, buffer: torch.Tensor, replays: int) -> float:
     with torch.cuda.graph(graph):
         for i in range(calls):
             call(i)
-    times = []
-    for replay in range(WARMUP_REPLAYS + replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= WARMUP_REPLAYS:
-            times.append(start.elapsed_time(end) * 1e3 / calls)
-    return statistics.median(times)
+    return median_replay_us(graph, replays) / calls
 
 
 def measure(replays: int) -> tuple[list[int], list[float], Floor]:

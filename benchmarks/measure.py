@@ -70,6 +70,22 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
+def replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    """Replay once and return microseconds."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def median_replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Return the median microseconds of so many replays, after a few that warm up."""
+    times = [replay_us(graph) for _ in range(WARMUP_REPLAYS + replays)]
+    return statistics.median(times[WARMUP_REPLAYS:])
+
+
 class Capture:
     """One implementation's calls on copies, in a graph that replays them in order."""
 
@@ -91,15 +107,6 @@ class Capture:
             prepared.plan()
             self.outputs = [call(i) for i in self.order]
         self.times_us: list[float] = []
-
-    def replay(self) -> float:
-        """Replay once and return microseconds."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3
 
     def poison(self) -> None:
         for out in self.outputs:
@@ -148,13 +155,13 @@ def measure(
     flush = torch.ones(CACHE_FACTOR * l2_bytes // 4, dtype=torch.float32, device=device)
     for _ in range(WARMUP_REPLAYS):
         for capture in captures.values():
-            capture.replay()
+            replay_us(capture.graph)
     for capture in captures.values():
         capture.poison()
     for _ in range(replays):
         for capture in captures.values():
             flush.sum()
-            capture.times_us.append(capture.replay())
+            capture.times_us.append(replay_us(capture.graph))
     for impl, capture in captures.items():
         row = rows[impl]
         row.replays_us = [us if layers else us / len(order) for us in capture.times_us]

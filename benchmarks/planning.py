@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from collections.abc import Callable
 
 import mla_decode
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.case import make_case
 from benchmarks.implementations import UnavailableError, call_flash_mla, import_or_explain
-from benchmarks.measure import WARMUP_REPLAYS, describe
+from benchmarks.measure import describe, median_replay_us
 from benchmarks.shapes import Shape
 
 BATCHES = (1, 64, 256, 1024)
@@ -33,7 +32,7 @@ def lengths(batch: int) -> list[int]:
     return [min(MAX_SEQ_LEN, 1 + round(2000 * rng.lognormvariate(0, 1))) for _ in range(batch)]
 
 
-def replay_us(call: Callable[[], object], replays: int) -> float:
+def call_us(call: Callable[[], object], replays: int) -> float:
     """Return the median microseconds of one call in a replayed graph of many."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -44,17 +43,9 @@ def replay_us(call: Callable[[], object], replays: int) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         kept = [call() for _ in range(CALLS)]
-    times = []
-    for replay in range(WARMUP_REPLAYS + replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if replay >= WARMUP_REPLAYS:
-            times.append(start.elapsed_time(end) * 1e3 / CALLS)
+    us = median_replay_us(graph, replays) / CALLS
     del kept
-    return statistics.median(times)
+    return us
 
 
 def ours(batch: int, replays: int) -> float:
@@ -62,7 +53,7 @@ def ours(batch: int, replays: int) -> float:
     device = torch.device("cuda", torch.cuda.current_device())
     planned = mla_decode.DevicePlan(batch, NUM_HEADS, max_seq_len=MAX_SEQ_LEN, device=device)
     seq_lens = torch.tensor(lengths(batch), dtype=torch.int32, device=device)
-    us = replay_us(lambda: planned.update(seq_lens), replays)
+    us = call_us(lambda: planned.update(seq_lens), replays)
     mla_decode.synchronize(device)
     planned.to_host().validate()
     return us
@@ -83,7 +74,7 @@ def flash_mla(batch: int, replays: int) -> float:
     def planned() -> object:
         return call_flash_mla(flash, case, 0, made)
 
-    return replay_us(fresh, replays) - replay_us(planned, replays)
+    return call_us(fresh, replays) - call_us(planned, replays)
 
 
 def run(replays: int) -> int:
