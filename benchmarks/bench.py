@@ -1,5 +1,7 @@
 """The benchmark: microseconds, GB/s, TFLOP/s and the multiple of the physical limit, beside peers.
 
+The limit of the memory is measured first, on the GPU at hand (`benchmarks.floor`).
+
 python -m benchmarks.bench [--serving] [--shapes NAME ...] [--file FILE] [--random N --seed S]
                            [--impls NAME ...] [--out FILE] [--report FOLDER]
 python -m benchmarks.bench --planning
@@ -67,7 +69,7 @@ def table_lines(rows: list[Row]) -> list[str]:
         text = f"{row.shape.name:<28} {row.impl:<15} "
         if math.isfinite(row.us) and not row.error:
             text += f"{row.us:8.2f} {row.gbps:7.0f} {row.tflops:8.1f} "
-            text += f"{row.us / row.shape.floor_us:8.2f} {row.rel_err:8.1e}"
+            text += f"{row.us / row.floor_us:8.2f} {row.rel_err:8.1e}"
             text += f"  {speedups(rows)}" if row.impl == OURS else ""
         elif not row.error:
             text += f"{'–':>8} {'–':>7} {'–':>8} {'–':>8} {'–':>8}"
@@ -80,7 +82,7 @@ def table_lines(rows: list[Row]) -> list[str]:
 def summary(rows: list[Row]) -> str:
     """Return how our times compare with the faster peer's over shapes that both have."""
     times: dict[str, dict[str, float]] = {}
-    shapes = {row.shape.name: row.shape for row in rows}
+    memory_bound = {row.shape.name for row in rows if row.floor.is_memory_bound(row.shape)}
     for row in rows:
         if math.isfinite(row.us) and not row.error:
             times.setdefault(row.shape.name, {})[row.impl] = row.us
@@ -92,7 +94,7 @@ def summary(rows: list[Row]) -> str:
     lines = []
     for which, names in (
         ("all", list(ratios)),
-        ("memory-bound", [name for name in ratios if shapes[name].is_memory_bound]),
+        ("memory-bound", [name for name in ratios if name in memory_bound]),
     ):
         if len(names) > 1:
             mean = statistics.geometric_mean(ratios[name] for name in names)
@@ -121,15 +123,17 @@ def with_progress(shapes: list[Shape]) -> Iterable[Shape]:
 
 
 def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[Row]:
-    """Measure and print every shape; return the rows."""
-    print(title())
+    """Measure the floor, then measure and print every shape; return the rows."""
+    print(title(), flush=True)
+    own_floor = floor.of_this_gpu()
     print(HEADER, flush=True)
     rows = []
     for shape in with_progress(shapes):
-        measured = measure(shape, impls, replays=replays)
+        measured = measure(shape, impls, replays=replays, floor=own_floor)
         print("\n".join(table_lines(measured)), flush=True)
         rows += measured
         torch.cuda.empty_cache()
+    print(f"floor: {own_floor}")
     if compared := summary(rows):
         print(compared)
     return rows
@@ -167,7 +171,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--serving", action="store_true", help="block sizes, mixed batches, batch invariance"
     )
     parser.add_argument("--planning", action="store_true", help="planning on the GPU instead")
-    parser.add_argument("--floor", action="store_true", help="the GPU's own floor instead")
+    parser.add_argument(
+        "--floor", action="store_true", help="instead, the streams that the floor is a line through"
+    )
     parser.add_argument(
         "--step", action="store_true", help="decode steps of --layers layers instead of calls"
     )

@@ -1,20 +1,20 @@
 """This GPU's own floor: what a kernel costs that brings bytes into shared memory and stops.
 
-`make bench ARGS=--floor`. The floor that the tables use is that of an H200
-(`mla_decode.cost.floor_us`), 1.6 us and 4.6 TB/s.
+The benchmark measures it before its table and counts with it; `make bench ARGS=--floor` prints the
+streams themselves. Without the kernel (`benchmarks/stream.cu`) an H200's floor is assumed.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from mla_decode import cost
 
 from benchmarks.case import CACHE_FACTOR
-from benchmarks.measure import median_replay_us
+from benchmarks.measure import REPLAYS, median_replay_us
+from benchmarks.shapes import ASSUMED, Floor
 
 MEGABYTES = (9.4, 42.5, 75.5, 151, 302, 608)
 ALIGNMENT = 1 << 16  # bytes; streams that begin within a cache line are a tenth slower
@@ -22,23 +22,21 @@ MOST_CALLS = 64  # in a graph
 WARM_UP_REPLAYS = 500  # of the largest, a third of a second
 
 
-@dataclass(frozen=True)
-class Floor:
-    """Microseconds of a launch, and bytes per microsecond after it."""
-
-    launch_us: float
-    bytes_per_us: float
-
-    def us(self, num_bytes: float) -> float:
-        """Microseconds to stream so many bytes."""
-        return self.launch_us + num_bytes / self.bytes_per_us
+def missing() -> str:
+    """Why the streaming kernel cannot run here; empty if it can."""
+    try:
+        from benchmarks import _stream
+    except ImportError as error:
+        return f"the streaming kernel was not built ({error}): run make where nvcc is"
+    why = _stream.available(torch.cuda.current_device())
+    return f"the streaming kernel cannot run here: {why}" if why else ""
 
 
 def fit(num_bytes: Sequence[float], us: Sequence[float]) -> Floor:
     """The line through the measurements; each counts by its relative error."""
     x, y = np.asarray(num_bytes), np.asarray(us)
     slope, start = np.polyfit(x, y, 1, w=1 / y)
-    return Floor(float(start), float(1 / slope))
+    return Floor(float(start), float(1 / slope), measured=True)
 
 
 def stream_us(num_bytes: int, buffer: torch.Tensor, replays: int) -> float:
@@ -66,7 +64,7 @@ def stream_us(num_bytes: int, buffer: torch.Tensor, replays: int) -> float:
     return median_replay_us(graph, replays) / calls
 
 
-def measure(replays: int) -> tuple[list[int], list[float], Floor]:
+def measure(replays: int = REPLAYS) -> tuple[list[int], list[float], Floor]:
     """Bytes, microseconds, and the line through them, of the current GPU."""
     l2_bytes: int = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     sizes = [round(megabytes * 1e6) // ALIGNMENT * ALIGNMENT for megabytes in MEGABYTES]
@@ -80,22 +78,28 @@ def measure(replays: int) -> tuple[list[int], list[float], Floor]:
     return sizes, us, fit(sizes, us)
 
 
+def of_this_gpu() -> Floor:
+    """The floor of the current GPU, in a second or two; that of an H200, and loudly, if need be."""
+    if why := missing():
+        print(f"** {why}\n** x floor counts with a floor that is ASSUMED, not measured", flush=True)
+        return ASSUMED
+    _, _, measured = measure()
+    torch.cuda.empty_cache()  # the streams' buffer
+    return measured
+
+
 def run(replays: int) -> int:
-    """Print the streams and the line through them; 2 where the kernel was not built."""
-    try:
-        sizes, us, floor = measure(replays)
-    except ImportError as error:
-        print(f"bench: the streaming kernel was not built ({error}): run make where nvcc is")
+    """Print the streams and the line through them; 2 where the kernel cannot run."""
+    if why := missing():
+        print(f"bench: {why}", file=sys.stderr)
         return 2
+    sizes, us, floor = measure(replays)
     print(f"streaming into shared memory on {torch.cuda.get_device_name()}, nothing computed")
-    print(f"{'MB':>8} {'us':>8} {'TB/s':>6} {'the line, us':>13} {'the tables, us':>15}")
+    print(f"{'MB':>8} {'us':>8} {'TB/s':>6} {'the line, us':>13} {'assumed, us':>12}")
     for size, taken in zip(sizes, us, strict=True):
-        assumed = cost.FLOOR_LAUNCH_US + size / cost.FLOOR_BYTES_PER_US
         print(
-            f"{size / 1e6:8.1f} {taken:8.2f} {size / taken / 1e6:6.2f} {floor.us(size):13.2f} "
-            f"{assumed:15.2f}"
+            f"{size / 1e6:8.1f} {taken:8.2f} {size / taken / 1e6:6.2f} "
+            f"{floor.stream_us(size):13.2f} {ASSUMED.stream_us(size):12.2f}"
         )
-    print(
-        f"floor of this GPU: {floor.launch_us:.2f} us + bytes / {floor.bytes_per_us / 1e6:.2f} TB/s"
-    )
+    print(f"floor: {floor}")
     return 0

@@ -25,7 +25,7 @@ from benchmarks.case import (
     relative_error,
 )
 from benchmarks.implementations import IMPLEMENTATIONS, STEPS, NotOfferedError, Prepared
-from benchmarks.shapes import Shape
+from benchmarks.shapes import ASSUMED, Floor, Shape
 
 REPLAYS = 20
 WARMUP_REPLAYS = 3
@@ -45,6 +45,11 @@ class Row:
     rel_err: float = math.nan
     error: str = ""
     replays_us: list[float] = field(default_factory=list)
+    floor: Floor = ASSUMED
+
+    @property
+    def floor_us(self) -> float:
+        return self.floor.us(self.shape)
 
     @property
     def gbps(self) -> float:
@@ -61,7 +66,7 @@ class Row:
             "us": round(self.us, 3),
             "gbps": round(self.gbps, 1),
             "tflops": round(self.tflops, 2),
-            "floor_us": round(self.shape.floor_us, 2),
+            "floor_us": round(self.floor_us, 2),
             "rel_err": self.rel_err,
         }
 
@@ -121,12 +126,18 @@ class Capture:
 
 
 def measure(
-    shape: Shape, impls: list[str], *, replays: int = REPLAYS, seed: int = 0, layers: int = 0
+    shape: Shape,
+    impls: list[str],
+    *,
+    replays: int = REPLAYS,
+    seed: int = 0,
+    layers: int = 0,
+    floor: Floor = ASSUMED,
 ) -> list[Row]:
     """Time ``impls`` on one shape; one row each, in that order.
 
     Microseconds are of one call, planned before; with ``layers`` of a decode step of so many calls,
-    planned on the GPU.
+    planned on the GPU. The rows are told the ``floor`` of the GPU.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
@@ -141,7 +152,7 @@ def measure(
     if layers:
         order = [i % case.copies for i in range(layers)]
     prepare = STEPS if layers else IMPLEMENTATIONS
-    rows = {impl: Row(shape, impl) for impl in impls}
+    rows = {impl: Row(shape, impl, floor=floor) for impl in impls}
     captures: dict[str, Capture] = {}
     for impl in impls:
         if impl not in prepare:

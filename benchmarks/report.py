@@ -2,8 +2,8 @@
 
 ``table.csv`` and ``rows.json`` hold every row; ``multiples.png`` how far each implementation is
 from the limit, shape by shape; ``roofline.png`` the rates against the arithmetic intensity;
-``latency.png`` the time against bytes, lengths and batch. A row with an error has no figure
-anywhere.
+``latency.png`` the time against bytes, lengths and batch. The limit is the floor of the rows, which
+all have the same. A row with an error has no figure anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.measure import Row
-from benchmarks.shapes import BYTES_PER_US, FLOP_PER_US, Shape
+from benchmarks.shapes import Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +59,7 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
 
 def markdown(rows: Sequence[Row], title: str, pictures: Sequence[str] = ()) -> str:
     """A table with a line per shape and a column per implementation, then the pictures."""
+    floor = rows[0].floor
     impls = list(dict.fromkeys(row.impl for row in rows))
     shapes = list({row.shape.name: row.shape for row in rows}.values())
     cells = {(row.shape.name, row.impl): _cell(row) for row in rows}
@@ -66,14 +67,14 @@ def markdown(rows: Sequence[Row], title: str, pictures: Sequence[str] = ()) -> s
         f"# {title}",
         "",
         "Microseconds per call; in brackets how many times the limit, which is the time to stream "
-        "the bytes or to do the arithmetic, whichever is longer.",
+        f"the bytes or to do the arithmetic, whichever is longer: {floor}.",
         "",
         "| shape | limit, us | " + " | ".join(impls) + " |",
         "|---|---:|" + "---:|" * len(impls),
     ]
     for shape in shapes:
         line = " | ".join(cells.get((shape.name, impl), "–") for impl in impls)
-        lines.append(f"| {shape.name} | {shape.floor_us:.1f} | {line} |")
+        lines.append(f"| {shape.name} | {floor.us(shape):.1f} | {line} |")
     notes = [f"- {row.shape.name}, {row.impl}: {row.error}" for row in rows if row.error]
     if notes:
         lines += ["", "Without a figure:", "", *notes]
@@ -85,7 +86,7 @@ def markdown(rows: Sequence[Row], title: str, pictures: Sequence[str] = ()) -> s
 def _cell(row: Row) -> str:
     if row.error or not math.isfinite(row.us):
         return "–"
-    return f"{row.us:.1f} ({row.us / row.shape.floor_us:.2f})"
+    return f"{row.us:.1f} ({row.us / row.floor_us:.2f})"
 
 
 # Pictures
@@ -131,7 +132,7 @@ def _draw_multiples(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]
     height = _BARS / len(impls)
     for index, (impl, own) in enumerate(impls.items()):
         at = [place[row.shape.name] - _BARS / 2 + (index + 0.5) * height for row in own]
-        multiples = [row.us / row.shape.floor_us for row in own]
+        multiples = [row.us / row.floor_us for row in own]
         axes.barh(at, multiples, height * 0.92, color=_style(impl)[0], label=impl)
         for y, multiple in zip(at, multiples, strict=True):
             axes.annotate(
@@ -148,14 +149,15 @@ def _draw_multiples(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]
 
 def _draw_roofline(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]) -> None:
     axes: Axes = figure.subplots()
+    floor = rows[0].floor
     intensities = [shape.flop / shape.bytes for shape in shapes]
-    low, high = min(intensities) / 1.5, max(max(intensities) * 1.5, 2 * FLOP_PER_US / BYTES_PER_US)
-    ridge = FLOP_PER_US / BYTES_PER_US
-    roof = [(x, min(x * BYTES_PER_US, FLOP_PER_US) / 1e6) for x in (low, ridge, high)]
+    ridge = floor.flop_per_us / floor.bytes_per_us
+    low, high = min(intensities) / 1.5, max(max(intensities) * 1.5, 2 * ridge)
+    roof = [(x, min(x * floor.bytes_per_us, floor.flop_per_us) / 1e6) for x in (low, ridge, high)]
     axes.plot(*zip(*roof, strict=True), color=_LIMIT, linewidth=1.5)
     axes.annotate(
-        f"{BYTES_PER_US / 1e6:.1f} TB/s, then {FLOP_PER_US / 1e6:.0f} TFLOP/s", roof[1], (8, 4),
-        textcoords="offset points", fontsize=9, color=_LIMIT,
+        f"{floor.bytes_per_us / 1e6:.1f} TB/s, then {floor.flop_per_us / 1e6:.0f} TFLOP/s", roof[1],
+        (8, 4), textcoords="offset points", fontsize=9, color=_LIMIT,
     )  # fmt: skip
     for impl, own in _of_impls(rows).items():
         color, marker = _style(impl)
@@ -174,9 +176,10 @@ def _draw_latency(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]) 
         "longest request, keys": lambda shape: max(shape.seq_lens),
         "requests": lambda shape: len(shape.seq_lens),
     }
+    floor = rows[0].floor
     panels = figure.subplots(1, len(sizes), sharey=True)
     for axes, (label, size) in zip(panels, sizes.items(), strict=True):
-        limits = sorted((size(shape), shape.floor_us) for shape in shapes)
+        limits = sorted((size(shape), floor.us(shape)) for shape in shapes)
         axes.plot(*zip(*limits, strict=True), "_", color=_LIMIT, markersize=12, label="limit")
         for impl, own in _of_impls(rows).items():
             color, marker = _style(impl)

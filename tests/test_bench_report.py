@@ -12,11 +12,12 @@ import pytest
 
 from benchmarks import bench, report
 from benchmarks.measure import Row
-from benchmarks.shapes import SHAPES, read_shapes
+from benchmarks.shapes import SHAPES, Floor, Shape, read_shapes
 from tools.results import FOLDER
 
 H200 = FOLDER / "nvidia-h200.json"
 US = (900.0, 990.0)
+FLOOR = Floor(1.25, 4.5e6, measured=True)
 PICTURES = ["multiples.png", "roofline.png", "latency.png"]
 
 
@@ -24,7 +25,7 @@ PICTURES = ["multiples.png", "roofline.png", "latency.png"]
 def rows() -> list[Row]:
     measured = json.loads(H200.read_text(encoding="utf-8"))["benchmark"]
     return [
-        Row(SHAPES[row["shape"]], row["impl"], us=row["us"], rel_err=row["rel_err"])
+        Row(SHAPES[row["shape"]], row["impl"], us=row["us"], rel_err=row["rel_err"], floor=FLOOR)
         for row in measured
     ]
 
@@ -33,15 +34,17 @@ def test_the_report_shows_every_row(rows: list[Row], tmp_path: Path) -> None:
     page = report.write_report(tmp_path / "new" / "folder", rows, "NVIDIA H200")
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# NVIDIA H200\n")
+    assert "whichever is longer: 1.25 us + bytes / 4.50 TB/s (measured on this GPU)" in text
     for row in rows:
         line = next(line for line in text.splitlines() if line.startswith(f"| {row.shape.name} |"))
-        assert f" {row.us:.1f} ({row.us / row.shape.floor_us:.2f}) " in line
+        assert f" {row.us:.1f} ({row.us / FLOOR.us(row.shape):.2f}) " in line
     for picture in PICTURES:
         assert f"]({picture})" in text
         assert (page.parent / picture).read_bytes().startswith(b"\x89PNG")
     with (page.parent / "table.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [float(line["us"]) for line in table] == [round(row.us, 3) for row in rows]
+    assert [float(line["floor_us"]) for line in table] == [round(row.floor_us, 2) for row in rows]
     assert len(json.loads((page.parent / "rows.json").read_text(encoding="utf-8"))) == len(rows)
 
 
@@ -103,6 +106,25 @@ def test_a_missing_file_is_bad_usage(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         bench.main(["--file", "nowhere.json"])
     assert "--file: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("floor", [FLOOR, Floor()], ids=["measured", "assumed"])
+def test_the_floor_is_measured_first_and_named_under_the_table(
+    floor: Floor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(shape: Shape, impls: list[str], *, replays: int, floor: Floor) -> list[Row]:
+        return [Row(shape, impl, us=2 * floor.us(shape), floor=floor) for impl in impls]
+
+    monkeypatch.setattr(bench, "measure", measured)
+    monkeypatch.setattr(bench, "title", lambda: "a GPU")
+    monkeypatch.setattr(bench.torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(bench.floor, "of_this_gpu", lambda: floor)
+    (row,) = bench.run([SHAPES["B8_1k_q1_h16"]], ["mla_decode"], 3)
+    assert row.floor is floor
+    line, under = capsys.readouterr().out.splitlines()[-2:]
+    assert " 2.00 " in line
+    assert under == f"floor: {floor}"
+    assert ("ASSUMED" in under) != floor.measured
 
 
 def test_a_step_is_printed_beside_its_peer(

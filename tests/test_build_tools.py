@@ -213,6 +213,7 @@ def valid_results(digest: str = "d1") -> dict[str, object]:
         "date": "2026-11-21",
         "torch": "2.11.0+cu130",
         "cuda": "13.0",
+        "floor": row.floor.as_json(),
         "correctness": [{"case": "one", "rel_err": 2e-3, "lse_max_abs_err": 1e-7, "passed": True}],
         "benchmark": [row.as_json()],
     }
@@ -220,6 +221,12 @@ def valid_results(digest: str = "d1") -> dict[str, object]:
 
 def test_results_schema_accepts_what_is_written() -> None:
     results.check_schema(json.loads(json.dumps(valid_results())))
+
+
+def test_results_schema_accepts_older_files_without_a_floor() -> None:
+    older = valid_results()
+    del older["floor"]
+    results.check_schema(older)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +251,13 @@ def test_results_schema_rejects_a_missing_field() -> None:
     record = valid_results()
     del record["cuda"]
     with pytest.raises(results.ResultsError, match="fields"):
+        results.check_schema(record)
+
+
+def test_results_schema_rejects_a_floor_that_does_not_say_whether_it_was_measured() -> None:
+    record = json.loads(json.dumps(valid_results()))
+    del record["floor"]["measured"]
+    with pytest.raises(results.ResultsError, match="floor: expected the fields"):
         results.check_schema(record)
 
 
@@ -283,16 +297,15 @@ def test_shapes_are_the_published_ones() -> None:
             shape.new_tokens,
             shape.num_heads,
             round(shape.kv_bytes / 1e6, 1),
-            shape.floor_us,
         )
         for name, shape in shapes.SHAPES.items()
     }
-    assert table == PUBLISHED
+    assert table == {name: row[:-1] for name, row in PUBLISHED.items()}
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES.values(), ids=lambda shape: shape.name)
-def test_floor_formula_agrees_with_the_measured_floor(shape: shapes.Shape) -> None:
-    assert shape.model_floor_us == pytest.approx(shape.floor_us, rel=0.04)
+def test_the_assumed_floor_agrees_with_that_of_the_published_shapes(shape: shapes.Shape) -> None:
+    assert shapes.ASSUMED.us(shape) == pytest.approx(PUBLISHED[shape.name][-1], rel=0.04)
 
 
 def test_random_shapes_repeat_with_their_seed() -> None:
@@ -341,9 +354,10 @@ def test_relative_error_of_a_poisoned_output_is_infinite() -> None:
 
 def test_bench_table_shows_floor_and_peers() -> None:
     shape = shapes.SHAPES["B8_1k_q1_h16"]
+    floor = shapes.Floor(launch_us=1.8, bytes_per_us=shape.bytes / 2, measured=True)  # 3.8 us
     rows = [
-        Row(shape, "mla_decode", us=7.6, rel_err=2e-3),
-        Row(shape, "flash_mla", us=15.2, rel_err=2e-3),
+        Row(shape, "mla_decode", us=7.6, rel_err=2e-3, floor=floor),
+        Row(shape, "flash_mla", us=15.2, rel_err=2e-3, floor=floor),
         Row(shape, "flashinfer_fa3", error="UnavailableError: flashinfer-python: not there"),
     ]
     ours, theirs, missing = bench.table_lines(rows)
@@ -374,7 +388,11 @@ def test_gpu_check_writes_results_that_the_schema_accepts(
 ) -> None:
     rel_err = 2e-3 if passed else math.inf
     case_row = {"case": "one", "rel_err": rel_err, "lse_max_abs_err": 0.0, "passed": passed}
-    rows = [Row(shape, "mla_decode", us=10.0, rel_err=2e-3) for shape in shapes.SHAPES.values()]
+    floor = shapes.Floor(1.2, 4.5e6, measured=True)
+    rows = [
+        Row(shape, "mla_decode", us=10.0, rel_err=2e-3, floor=floor)
+        for shape in shapes.SHAPES.values()
+    ]
     rows.append(Row(rows[0].shape, "flash_mla", error="not there"))
     out = tmp_path / "out"
     out.mkdir()
@@ -393,6 +411,7 @@ def test_gpu_check_writes_results_that_the_schema_accepts(
     results.check_schema(record)
     assert record["source_digest"] == source_digest.source_digest()
     assert [row["shape"] for row in record["benchmark"]] == list(shapes.SHAPES)
+    assert record["floor"] == floor.as_json()
     assert json.loads((out / "nvidia-h200.json").read_text()) == record
 
 

@@ -50,6 +50,16 @@ def test_the_table_has_a_line_per_shape_with_its_own_unit() -> None:
     ]
 
 
+def test_the_table_says_which_floor_it_counts_with() -> None:
+    assert "Floor: as an H200 once gave it" in readme_table.table(RECORD)
+    own = {"launch_us": 1.25, "bytes_per_us": 2_000_000, "flop_per_us": 790e6, "measured": True}
+    text = readme_table.table(RECORD | {"floor": own})
+    assert "Floor: 1.25 us + bytes / 2.00 TB/s (measured on this GPU), or FLOP / 790" in text
+    # Half as fast a memory binds this one.
+    assert "| B128_4k_q1_h128 | 220.0 | 4000 GB/s |" in text
+    assert "ASSUMED" in readme_table.table(RECORD | {"floor": own | {"measured": False}})
+
+
 def test_the_latest_date_wins(tmp_path: Path) -> None:
     assert readme_table.newest(tmp_path) is None
     (tmp_path / "a.json").write_text('{"date": "2026-02-01"}')

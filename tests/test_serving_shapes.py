@@ -35,7 +35,7 @@ def test_serving_shapes_differ_from_the_table_in_what_their_names_say() -> None:
         assert shape.name == name
         base = shapes.SHAPES.get(name.rpartition("_")[0])
         if base is not None:
-            assert (shape.seq_lens, shape.floor_us) == (base.seq_lens, base.floor_us)
+            assert (shape.seq_lens, shape.bytes) == (base.seq_lens, base.bytes)
             assert (shape.block_size != base.block_size) != shape.batch_invariant
 
 

@@ -75,6 +75,7 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "floor": rows[0].floor.as_json(),
         "correctness": correctness,
         "benchmark": [finite(row.as_json()) for row in rows if math.isfinite(row.us)],
     }

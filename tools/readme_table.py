@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.shapes import BYTES_PER_US, FLOP_PER_US, LAUNCH_US, SHAPES  # noqa: E402
+from benchmarks.shapes import ASSUMED, SHAPES, Floor  # noqa: E402
 from tools.results import FOLDER, result_files  # noqa: E402
 
 README = ROOT / "README.md"
@@ -36,18 +36,27 @@ def newest(folder: Path = FOLDER) -> dict[str, Any] | None:
     return max(records, key=lambda record: record["date"], default=None)
 
 
-def is_compute_bound(name: str) -> bool:
-    shape = SHAPES.get(name)
-    if shape is None:
-        return False
-    return shape.flop / FLOP_PER_US > LAUNCH_US + shape.bytes / BYTES_PER_US
+def floor_of(record: dict[str, Any]) -> Floor:
+    """Return the floor that was measured with the results; older files have none."""
+    return Floor(**record["floor"]) if "floor" in record else ASSUMED
 
 
-def rate(row: dict[str, Any]) -> str:
+def floor_sentence(record: dict[str, Any]) -> str:
+    """Say what the column of multiples counts with."""
+    if "floor" in record:
+        return f"Floor: {floor_of(record)}."
+    return (
+        "Floor: as an H200 once gave it, within 4% of 1.6 us + bytes / 4.6 TB/s, or FLOP / 790 "
+        "TFLOP/s."
+    )
+
+
+def rate(row: dict[str, Any], floor: Floor) -> str:
     """Return what bounds the shape: GB/s of a stream, TFLOP/s of arithmetic."""
-    if is_compute_bound(row["shape"]):
-        return f"{row['tflops']:.0f} TFLOP/s"
-    return f"{row['gbps']:.0f} GB/s"
+    shape = SHAPES.get(row["shape"])
+    if shape is None or floor.is_memory_bound(shape):
+        return f"{row['gbps']:.0f} GB/s"
+    return f"{row['tflops']:.0f} TFLOP/s"
 
 
 def table(record: dict[str, Any] | None) -> str:
@@ -61,13 +70,14 @@ def table(record: dict[str, Any] | None) -> str:
     lines = [
         f"{record['device']}, {record['date']}, commit {record['commit'][:12]}, "
         f"torch {record['torch']}, CUDA {record['cuda']}. In brackets: how many times as long as "
-        "ours.",
+        f"ours. {floor_sentence(record)}",
         "",
         f"| {' | '.join(header)} |",
         f"|---|{'---:|' * (len(header) - 1)}",
     ]
+    floor = floor_of(record)
     for shape, row in by_impl.get(OURS, {}).items():
-        cells = [shape, f"{row['us']:.1f}", rate(row), f"{row['us'] / row['floor_us']:.2f}"]
+        cells = [shape, f"{row['us']:.1f}", rate(row, floor), f"{row['us'] / row['floor_us']:.2f}"]
         for impl in PEERS:
             peer = by_impl.get(impl, {}).get(shape)
             cells.append(f"{peer['us']:.1f} ({peer['us'] / row['us']:.2f})" if peer else "–")
