@@ -128,7 +128,7 @@ def decode(
     batch_invariant : bool
         For calls without a plan: plan every request by itself, so that its output bits do not
         depend on the rest of the batch. A plan has this property or not by itself. It takes
-        1.0 to 1.7 times as long (docs/serving.md).
+        1.0 to 2.0 times as long, most where requests are few and short (docs/serving.md).
     timings : Tensor, optional
         ``[num_instructions, 8]`` int32, see `mla_decode.mla_decode`; selects the slower
         kernel that records them.
