@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from benchmarks.case import CACHE_FACTOR
+from benchmarks.case import CACHE_FACTOR, MAX_COPIES
 from benchmarks.measure import REPLAYS, median_replay_us
 from benchmarks.shapes import ASSUMED, Floor
 
 MEGABYTES = (9.4, 42.5, 75.5, 151, 302, 608)
 ALIGNMENT = 1 << 16  # bytes; streams that begin within a cache line are a tenth slower
-MOST_CALLS = 64  # in a graph
+MOST_CALLS = MAX_COPIES  # in a graph, as when calls are timed
 WARM_UP_REPLAYS = 500  # of the largest, a third of a second
 
 
