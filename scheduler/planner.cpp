@@ -109,9 +109,10 @@ class Search {
         // Costs so large that no plan ends in a finite time.
         if (!best_) return evaluate(problem_, cost_, cut_unsplit(problem_), {});
 
-        // Gangs that run several pieces one after the other. With sequences so few that each
-        // has several gangs, one piece per gang has never been worse.
-        if (2 * unsplit >= gangs) {
+        // Gangs that run several pieces one after the other. Where sequences are few, one piece
+        // per gang comes first.
+        const bool many = 2 * unsplit >= gangs;
+        if (many) {
             if (!problem_.uniform) consider_short_pieces(unsplit, gangs);
             consider_lines();
             // More pieces than gangs, taken as gangs come free.
@@ -134,14 +135,18 @@ class Search {
             }
         }
         refine_slices();
+        if (!many) {
+            consider_lines();
+            refine_slices();
+        }
         return std::move(*best_);
     }
 
   private:
     // Simulated instructions, for the cuts and then for their slices. Keeps the planning
     // of 128 sequences under a millisecond.
-    static constexpr int64_t kCutBudget = 2500;
-    static constexpr int64_t kSliceBudget = 3000;
+    static constexpr int64_t kCutBudget = 3300;
+    static constexpr int64_t kSliceBudget = 3800;
     // Even a huge batch gets these: whole sequences, and the first two lines.
     static constexpr int kMinCuts = 3;
     // A plan with more instructions has to win by this much for each.
