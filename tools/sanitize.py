@@ -19,12 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "synccheck")
-# (lengths, heads, new tokens, block size, CTAs)
+# (lengths, heads, new tokens, block size, CTAs, tiles per partial)
 BATCHES = (
-    ([1, 63, 64, 65, 700], 16, 1, 64, 8),
-    ([130, 2500], 16, 4, 128, 12),
-    ([300], 128, 2, 64, 8),
-    ([64 * 60], 8, 1, 256, 60),
+    ([1, 63, 64, 65, 700], 16, 1, 64, 8, 1),
+    ([130, 2500], 16, 4, 128, 12, 1),
+    ([300], 128, 2, 64, 8, 1),
+    ([64 * 60], 8, 1, 256, 60, 1),
+    ([700, 450], 16, 1, 64, 3, 5),
+    ([700, 450], 16, 4, 64, 3, 5),
+    ([390], 64, 1, 16, 2, 7),
 )
 
 # racecheck follows __syncthreads and the thread that arrives at an mbarrier. It does not follow
@@ -100,10 +103,10 @@ def run_batches() -> int:
     import mla_decode
     from mla_decode import reference
 
-    for lengths, heads, tokens, block_size, ctas in BATCHES:
+    for lengths, heads, tokens, block_size, ctas, tiles in BATCHES:
         case = reference.make_case(lengths, heads, tokens, block_size).to("cuda")
         plan = mla_decode.plan(
-            lengths, heads, tokens, num_workers=ctas, policy="fixed", split_tiles=1
+            lengths, heads, tokens, num_workers=ctas, policy="fixed", split_tiles=tiles
         )
         out, lse = mla_decode.decode(
             case.q,
