@@ -38,6 +38,21 @@ int num_slices(const SliceSize& size, int num_rows) {
     return ceil_div(num_rows, size.num_rows) * (kLatentDim / size.num_cols);
 }
 
+// Finer steps on the same way: 1, 2, 3, 4, 6, 8, 12, ... slices of rows, then of single rows. The
+// odd steps, and those of single rows, are the ones above.
+bool fine_slice_size(int step, int num_rows, SliceSize& size) {
+    int slices = 1;
+    for (; step > 0 && slices < num_rows; --step) {
+        const bool is_power = (slices & (slices - 1)) == 0;
+        slices = slices == 1 ? 2 : is_power ? slices / 2 * 3 : slices / 3 * 4;
+    }
+    int chunks = kColumnChunks;
+    for (; step > 0 && chunks > 1; --step) chunks /= 2;
+    if (step > 0) return false;
+    size = {ceil_div(num_rows, std::min(slices, num_rows)), chunks * kColumnChunk};
+    return true;
+}
+
 SliceSize invariant_slices(int num_inputs, int num_rows) {
     SliceSize size{num_rows, kLatentDim};
     SliceSize finer{};
@@ -141,6 +156,7 @@ class ReductionLowering {
             case SliceRule::kBatchInvariant:
                 return invariant_slices(num_inputs, num_rows);
             case SliceRule::kFitted:
+            case SliceRule::kFittedFinely:
                 break;
         }
         return fitted_slices(num_inputs, num_rows);
@@ -153,21 +169,23 @@ class ReductionLowering {
             static_cast<double>(rows_to_merge_) / (int64_t{num_inputs} * num_rows);
         SliceSize best{num_rows, kLatentDim};
         double best_us = 0.0;
-        int best_log2 = 0;
+        int best_step = 0;
         SliceSize size{};
-        for (int log2_slices = 0; slice_size(log2_slices, num_rows, size); ++log2_slices) {
+        for (int step = 0; fine_slice_size(step, num_rows, size); ++step) {
+            const bool is_fine = step > 0 && step % 2 == 0 && size.num_rows > 1;
+            if (is_fine && options_.rule != SliceRule::kFittedFinely) continue;
             const double rounds =
                 std::ceil(merges_like_this * num_slices(size, num_rows) / problem_.num_workers);
             const double us =
                 slice_us(num_inputs, size, false) + (rounds - 1) * slice_us(num_inputs, size, true);
-            if (log2_slices == 0 || us < best_us) {
+            if (step == 0 || us < best_us) {
                 best = size;
                 best_us = us;
-                best_log2 = log2_slices;
+                best_step = step;
             }
         }
         // A scale that leaves the range changes nothing.
-        if (slice_size(std::max(0, best_log2 + options_.log2_scale), num_rows, size)) best = size;
+        if (fine_slice_size(std::max(0, best_step + options_.steps), num_rows, size)) best = size;
         return best;
     }
 

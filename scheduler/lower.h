@@ -13,8 +13,11 @@ namespace mla {
 
 // How the reduction of a row group is sliced by rows and columns, so that many SMs share it.
 enum class SliceRule {
-    kFitted,  // as many slices as the cost model asks for, given what else is merged
-    kWhole,   // one
+    // As many slices as the cost model asks for, given what else is merged: a power of two, or
+    // finely, thirds of powers of two as well. Each is the better one for some batches.
+    kFitted,
+    kFittedFinely,
+    kWhole,  // one
     // As many slices as there are inputs, or the next fewer of the sequence: all rows; half
     // of them (rounded up); half of those; ... one row; its columns halved; ... 64 columns. So
     // a slice reads about what one piece wrote. Depends on the row group's rows and pieces
@@ -24,7 +27,7 @@ enum class SliceRule {
 
 struct SliceOptions {
     SliceRule rule = SliceRule::kFitted;
-    int log2_scale = 0;  // kFitted: more (or fewer) slices than that
+    int steps = 0;  // kFitted: finer (or coarser) than that, powers of two and thirds in turns
 };
 
 // What waits for nothing: the partials, by sequence, piece and row group; then the fills.

@@ -136,6 +136,7 @@ class Search {
         }
         refine_slices();
         if (!many) {
+            spent_ = 0;  // lines have a budget of their own
             consider_lines();
             refine_slices();
         }
@@ -143,10 +144,10 @@ class Search {
     }
 
   private:
-    // Simulated instructions, for the cuts and then for their slices. Keeps the planning
-    // of 128 sequences under a millisecond.
-    static constexpr int64_t kCutBudget = 3300;
-    static constexpr int64_t kSliceBudget = 3800;
+    // Simulated instructions, for the cuts and then for their slices. Keeps the planning of 128
+    // sequences under a millisecond; fewer may take two.
+    static constexpr int64_t kCutBudget = 4000;
+    static constexpr int64_t kSliceBudget = 4400;
     // Even a huge batch gets these: whole sequences, and the first two lines.
     static constexpr int kMinCuts = 3;
     // A plan with more instructions has to win by this much for each.
@@ -165,7 +166,8 @@ class Search {
         ++num_cuts_;
         Candidate candidate = draft(problem_, cost_, std::move(cut));
         spent_ += static_cast<int64_t>(candidate.leaves.tasks.size());
-        return keep_if_better({}, std::move(candidate));
+        const bool better = keep_if_better({}, candidate);
+        return keep_if_better({SliceRule::kFittedFinely, 0}, std::move(candidate)) || better;
     }
 
     bool consider_even(int max_gangs) {
@@ -233,15 +235,26 @@ class Search {
         if (!complete(problem_, cost_, slices, best_us, candidate)) return false;
         spent_ += static_cast<int64_t>(candidate.graph.tasks.size());
         if (score_us(candidate) >= best_us) return false;
+        second_ = std::move(best_);
         best_ = std::move(candidate);
         return true;
     }
 
+    // Of the best cut and of the one that was the best before: which is better with slices of its
+    // own is not yet known.
     void refine_slices() {
-        if (best_->graph.merges.empty()) return;
+        const std::optional<Candidate> runner_up = std::move(second_);
+        refine_slices_of(*best_);
+        if (runner_up) refine_slices_of(*runner_up);
+    }
+
+    void refine_slices_of(Candidate cut) {
+        if (cut.graph.merges.empty()) return;
         for (const int direction : {1, -1}) {
-            for (int scale = direction; !out_of_budget(kSliceBudget); scale += direction) {
-                if (!keep_if_better({SliceRule::kFitted, scale}, *best_)) break;
+            int failures = 0;
+            for (int steps = direction; failures < 2 && !out_of_budget(kSliceBudget);
+                 steps += direction) {
+                failures = keep_if_better({SliceRule::kFitted, steps}, cut) ? 0 : failures + 1;
             }
         }
     }
@@ -263,6 +276,7 @@ class Search {
     const Problem& problem_;
     const CostModel& cost_;
     std::optional<Candidate> best_;
+    std::optional<Candidate> second_;  // the best before that
     std::vector<uint64_t> seen_;
     int num_cuts_ = 0;
     int64_t spent_ = 0;
