@@ -51,7 +51,7 @@ void run(uintptr_t instructions,
     g.num_cols = num_cols;
     g.eps = eps;
     mk::launch<Config, Ops>(g,
-                            num_ctas > 0 ? num_ctas : mk::num_sms(device),
+                            mk::Grid{num_ctas > 0 ? num_ctas : mk::num_sms(device)},
                             device,
                             reinterpret_cast<cudaStream_t>(stream));
 }

@@ -36,18 +36,18 @@ struct Staging {
     static_assert(4 * kWarpBytes <= kHalfTileBytes, "a warpgroup stages in one page");
 };
 
-// Writes o * scale to the rows below num_rows, by way of `page`; `dst` is the first of this half's
-// columns in row 0 of the group.
-template <class T>
+// Gives away o * scale in the rows below num_rows, by way of `page`, 16 bytes at a time:
+// way(column in this half)(row, 16 bytes of T).
+template <class T, class Way>
 __device__ __forceinline__ void store_rows(
-    const Accumulator& o, const RowScale& scale, uint32_t page, T* dst, int num_rows) {
+    const Accumulator& o, const RowScale& scale, uint32_t page, int num_rows, Way way) {
     using S = Staging<T>;
     const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
     const int warp = thread / mk::kWarpThreads, lane = thread % mk::kWarpThreads;
     const int rows = min(S::kWarpRows, num_rows - warp * S::kWarpRows);
     const uint32_t staged = page + warp * S::kWarpBytes;
-    const uint32_t put = staged + lane / 4 * S::kPitch + lane % 4 * 2 * sizeof(T);
-    dst += warp * S::kWarpRows * kLatentDim + lane * (S::kCols / mk::kWarpThreads);
+    const uint32_t own = staged + lane / 4 * S::kPitch + lane % 4 * 2 * sizeof(T);
+    const int first_row = warp * S::kWarpRows, first_col = lane * (S::kCols / mk::kWarpThreads);
 #pragma unroll
     for (int first = 0; first < kHalfLatent; first += S::kCols) {
 #pragma unroll
@@ -55,7 +55,7 @@ __device__ __forceinline__ void store_rows(
             float2 pair = o.tiles[0][(first / 4 + i) / 4].data[i % 4];
             pair.x *= scale.factor[i % 2];
             pair.y *= scale.factor[i % 2];
-            const uint32_t to = put + i / 2 * 8 * sizeof(T) + i % 2 * 8 * S::kPitch;
+            const uint32_t to = own + i / 2 * 8 * sizeof(T) + i % 2 * 8 * S::kPitch;
             if constexpr (std::is_same_v<T, float>) {
                 asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(pair.x), "f"(pair.y)
                              : "memory");
@@ -65,10 +65,10 @@ __device__ __forceinline__ void store_rows(
             }
         }
         __syncwarp();
+        const auto put = way(first_col + first);
 #pragma unroll 4
         for (int row = 0; row < rows; ++row) {
-            store_16_bytes(
-                dst + row * kLatentDim + first,
+            put(first_row + row,
                 mk::ptx::load_smem_float4(staged + row * S::kPitch + lane * sizeof(float4)));
         }
         __syncwarp();

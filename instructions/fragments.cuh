@@ -30,10 +30,14 @@ __device__ __forceinline__ uint32_t uniform(uint32_t x) { return __shfl_sync(~0u
 // registers, a dozen instructions per product where a product of 64 x 64 x 16 takes 32 cycles
 // (H200: 50 measured). Here the address is uniform, see below, and only the low word moves.
 // Fields: PTX ISA, "Matrix descriptor format".
+// (Above the bits of an address stands which CTA of the cluster it is in; the field for it is
+// short.)
+inline constexpr uint32_t kCtaAddress = (1 << 18) - 1;
 template <int kSwizzleBytes, int kGroupStep, int kBlockStep, bool kTransposed>
 class Operand {
   public:
-    __device__ explicit Operand(uint32_t address) : low_(address >> 4 | kLeadingBytes >> 4 << 16) {}
+    __device__ explicit Operand(uint32_t address)
+        : low_((address & kCtaAddress) >> 4 | kLeadingBytes >> 4 << 16) {}
 
     // The 16-deep slice `step` of the dimension that is summed over; transposed operands begin with
     // swizzle block `block` of the other dimension.

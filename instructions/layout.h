@@ -33,6 +33,7 @@ inline constexpr int kNarrowRows = 32;          // no group has more: a narrow k
 inline constexpr int kNarrowTilesAtOnce = 2;    // its warpgroups: each has tiles of its own
 inline constexpr int kMaxReductionInputs = 27;  // that a reduction can list
 inline constexpr int kMaxRunInputs = 1 << 16;   // that a reduction can read as a run of slots
+inline constexpr int kMaxMates = 8;             // CTAs that may share a partial
 inline constexpr int kColumnChunk = 64;         // granularity of a reduction's column slice
 
 // Word indices shared by all opcodes.
@@ -50,6 +51,10 @@ struct PartialWords {
     static constexpr int kLength = 8;    // KV length of the request, new tokens included
     static constexpr int kRowBegin = 9;  // first row, from q_seq * num_heads on
     static constexpr int kNumRows = 10;  // 0: all of the row group
+    // CTAs of a cluster that share a destination: a power of two, 0 meaning one. They run their
+    // partials at the same time, each as its first instruction, neighbours in the queue.
+    static constexpr int kNumMates = 11;
+    static constexpr int kMate = 12;  // which of them this one is for
 };
 
 // Merge of scratch slots of one row group, over a slice of rows and columns.

@@ -59,7 +59,7 @@ struct DecodePointers {
 
 struct LaunchOptions {
     int tic = 0;
-    int num_ctas = 0;  // 0: one per SM
+    mk::Grid grid{0};  // 0: one CTA per SM
     uint32_t timeout_us = 0;
     cudaStream_t stream = nullptr;
 };
@@ -242,30 +242,33 @@ inline void set_addresses(MlaGlobals& g, const DecodePointers& p) {
 // Enqueues one of the megakernels. Each element type, narrow or not, has a translation unit of its
 // own, see python/bindings/.
 template <class Element, bool kNarrow, bool kWholeTileBoxes, bool kTimed>
-void launch_variant(const MlaGlobals& globals, int num_ctas, int device, cudaStream_t stream) {
+void launch_variant(const MlaGlobals& globals, mk::Grid grid, int device, cudaStream_t stream) {
     using Plain = MlaConfig<Element, kWholeTileBoxes, kNarrow>;
     using Config = std::conditional_t<kTimed, mk::WithTimings<Plain>, Plain>;
-    mk::launch<Config, MlaOps<Config>>(globals, num_ctas, device, stream);
+    mk::launch<Config, MlaOps<Config>>(globals, grid, device, stream);
 }
 
 template <class Element, bool kNarrow>
 void launch_family(
-    const MlaGlobals& globals, bool timed, int num_ctas, int device, cudaStream_t stream) {
+    const MlaGlobals& globals, bool timed, mk::Grid grid, int device, cudaStream_t stream) {
     const bool whole = globals.kv_box_rows == kKvTile;
     const auto launch = whole ? (timed ? &launch_variant<Element, kNarrow, true, true>
                                        : &launch_variant<Element, kNarrow, true, false>)
                               : (timed ? &launch_variant<Element, kNarrow, false, true>
                                        : &launch_variant<Element, kNarrow, false, false>);
-    launch(globals, num_ctas, device, stream);
+    launch(globals, grid, device, stream);
 }
+
+// How many clusters of these kernels run at a time; all have the same shared memory.
+int max_clusters(int cluster_ctas, int device);
 extern template void launch_family<kittens::bf16, true>(
-    const MlaGlobals&, bool, int, int, cudaStream_t);
+    const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
 extern template void launch_family<kittens::bf16, false>(
-    const MlaGlobals&, bool, int, int, cudaStream_t);
+    const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
 extern template void launch_family<kittens::half, true>(
-    const MlaGlobals&, bool, int, int, cudaStream_t);
+    const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
 extern template void launch_family<kittens::half, false>(
-    const MlaGlobals&, bool, int, int, cudaStream_t);
+    const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
 
 // Decodes of one layout. What they share is worked out once, by the first. One thread at a time.
 class Decoder {
@@ -282,13 +285,14 @@ class Decoder {
         globals.megakernel.tic = options.tic;
         globals.megakernel.timeout_us = options.timeout_us;
         globals.megakernel.failure = mk::FailureRecords::device(layout_.device);
-        const int num_ctas = options.num_ctas > 0 ? options.num_ctas : mk::num_sms(layout_.device);
+        mk::Grid grid = options.grid;
+        if (grid.num_ctas == 0) grid.num_ctas = mk::num_sms(layout_.device);
         const bool narrow = detail::is_narrow(globals.q_box_rows);
         const auto launch = layout_.fp16 ? (narrow ? &launch_family<kittens::half, true>
                                                    : &launch_family<kittens::half, false>)
                                          : (narrow ? &launch_family<kittens::bf16, true>
                                                    : &launch_family<kittens::bf16, false>);
-        launch(globals, pointers.timings != nullptr, num_ctas, layout_.device, options.stream);
+        launch(globals, pointers.timings != nullptr, grid, layout_.device, options.stream);
     }
 
   private:

@@ -191,6 +191,12 @@ __device__ __forceinline__ void store_16_bytes(Element* to, const float4& value)
     *reinterpret_cast<float4*>(to) = value;
 }
 
+// Writes 16 bytes of a row; `to` is their place in the first one.
+template <class T>
+__device__ __forceinline__ auto row_writer(T* to) {
+    return [to](int row, const float4& value) { store_16_bytes(to + row * kLatentDim, value); };
+}
+
 // Two floats to the element type.
 __device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::bf16) {
     const __nv_bfloat162 rounded = __float22bfloat162_rn(pair);

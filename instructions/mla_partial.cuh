@@ -45,7 +45,7 @@ struct MlaPartial {
                 load_q(g, state, work, lane);
                 load_tiles(g, state, work, kv, mk::Role::kLoader);
             });
-            state.pass_pages_from(Pages::kQPages + 2 * work.num_tiles, lane);
+            if (!work.is_shared()) state.pass_pages_from(Pages::kQPages + 2 * work.num_tiles, lane);
             if (lane == 0) state.record(mk::TimingWord::kLoadEnd);
         }
 
@@ -95,7 +95,7 @@ struct MlaPartial {
             const int dst_batch = state.word(PartialWords::kDstBatch);
             const bool ok = state.wait(Pages::kOutputStored, 0);
             state.record(mk::TimingWord::kStoreBegin);
-            if (ok && writes_scratch(dst_batch)) {
+            if (ok && writes_scratch(dst_batch) && speaks_for_all(g, state)) {
                 state.raise_done_flag(&g.done_flags[scratch_slot(dst_batch)]);
             }
             state.record(mk::TimingWord::kStoreEnd);
@@ -103,6 +103,11 @@ struct MlaPartial {
     };
 
   private:
+    __device__ static bool speaks_for_all(const MlaGlobals& g, const State& state) {
+        const PartialWork work(g, state.words());
+        return !work.is_shared() || ClusterMerge<Config>(g, state, work).all_stored();
+    }
+
     // Calls load with the way in which this cache's KV is loaded.
     template <class Load>
     __device__ static void with_kv_loader(const MlaGlobals& g,

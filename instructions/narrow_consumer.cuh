@@ -5,6 +5,7 @@
 // meet at the end only. Then each writes half the latent columns, having been given the other's.
 #pragma once
 
+#include "instructions/cluster_merge.cuh"
 #include "instructions/epilogue.cuh"
 #include "instructions/narrow_softmax.cuh"
 #include "instructions/partial_work.cuh"
@@ -32,7 +33,10 @@ struct NarrowConsumer {
     static constexpr int kGroups = kNarrowTilesAtOnce;  // warpgroups
 
     struct Scratch {
-        NarrowPTile<Element> p[kGroups];
+        union {
+            NarrowPTile<Element> p[kGroups];
+            float lse_log2[kNarrowRows];  // in the end, for the mates
+        };
         NarrowExchange exchange[kGroups];
         union {
             int visible[kGroups][kNarrowRows];   // positions from the start on
@@ -77,7 +81,7 @@ struct NarrowConsumer {
                 clear_past_length(state, tile);
             }
             absorb(g, state, s, o, rows);
-            add_products(state, o, tile, num_tiles);
+            add_products(state, o, tile);
         }
     }
 
@@ -130,17 +134,15 @@ struct NarrowConsumer {
         sync_warpgroup();
     }
 
-    __device__ static void add_products(const State& state,
-                                        NarrowOutput& o,
-                                        int tile,
-                                        int num_tiles) {
+    __device__ static void add_products(const State& state, NarrowOutput& o, int tile) {
         const NarrowPTile<Element>& p = scratch(state).p[group()];
         const int own = 2 * tile + group(), other = 2 * tile + (1 - group());
         accumulate<Element, 0>(o, p, page_address(state, Pages::page(own)));
         accumulate<Element, kHalfBlocks>(o, p, page_address(state, Pages::page(other)));
         kittens::warpgroup::mma_commit_group();
-        const uint32_t emptied[2] = {Pages::emptied(state, 2 * tile, num_tiles),
-                                     Pages::emptied(state, 2 * tile + 1, num_tiles)};
+        const int num_tiles_kept = PartialWork::num_tiles_kept(state.words());
+        const uint32_t emptied[2] = {Pages::emptied(state, 2 * tile, num_tiles_kept),
+                                     Pages::emptied(state, 2 * tile + 1, num_tiles_kept)};
         const bool arrives = is_first_lane();
         kittens::warpgroup::mma_async_wait();
         if (!arrives) return;
@@ -158,22 +160,38 @@ struct NarrowConsumer {
         rows.publish_sums(shared.exchange[group()], shared.max[group()]);
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         // Nobody reads Q any more: its page is for the output now.
+        if (work.is_shared() && mk::ptx::thread_in_cta() < mk::kWarpThreads) {
+            ClusterMerge<Config>(g, state, work).open_inbox();
+        }
         finish_rows(g, state, work);
         merge(state, o, work.num_rows);
-        if (writes_scratch(work.dst_batch)) {
-            const int64_t row = g.scratch_row(scratch_slot(work.dst_batch), 0);
-            store(state, o, g.o_scratch + row * kLatentDim, work.num_rows);
+        if (work.is_shared()) {
+            merge_with_mates(g, state, o);
         } else {
-            const int64_t row = work.flat_row(g, 0);
-            store(state, o, reinterpret_cast<Element*>(g.out) + row * kLatentDim, work.num_rows);
+            store_output(g, state, o, work);
         }
 
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         const bool first_lane = is_first_lane();
         if (group() == 0 && first_lane) state.release_page(kQPage, 1);
-        if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
+        if (mk::ptx::thread_in_cta() == 0) {
+            state.record(mk::TimingWord::kComputeEnd);
+            if (work.is_shared()) Pages::release_ring(state);
+        }
         if (first_lane) state.arrive(Pages::kOutputStored);
+    }
+
+    __device__ static void merge_with_mates(const MlaGlobals& g,
+                                            const State& state,
+                                            NarrowOutput& o) {
+        const PartialWork work(g, state.words());
+        const ClusterMerge<Config> mates(g, state, work);
+        mates.wait_open();
+        const int row = mk::ptx::thread_in_cta();
+        if (row < work.num_rows) mates.send_lse(row, scratch(state).lse_log2[row]);
+        store<float>(state, o, work.num_rows, [&](int col) { return mates.sender(col); });
+        mates.merge();
     }
 
     // A thread of each warpgroup for every row: the first one's looks after the weights, the second
@@ -196,26 +214,20 @@ struct NarrowConsumer {
         }
         const bool seen = total > 0.f;
         if (mk::ptx::thread_in_cta() >= kWarpgroupThreads) {
-            store_lse(g, work, row, seen ? top + __log2f(total) : -INFINITY);
+            const float lse_log2 = seen ? top + __log2f(total) : -INFINITY;
+            if (work.is_shared()) {
+                shared.lse_log2[row] = lse_log2;
+            } else {
+                work.store_lse(g, row, lse_log2);
+            }
             return;
         }
-        if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
-            const float sink_log2 = g.sink_log2(work.flat_row(g, row));
-            total += mk::ptx::exp2_approx(sink_log2 - RowState::finite(top));
+        if (g.attn_sink != nullptr && !work.is_shared()) {
+            total += mk::ptx::exp2_approx(work.sink_log2(g, row) - RowState::finite(top));
         }
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
         shared.factor[0][row] = factor[0] * inverse;
         shared.factor[1][row] = factor[1] * inverse;
-    }
-    __device__ static void store_lse(const MlaGlobals& g,
-                                     const PartialWork& work,
-                                     int row,
-                                     float lse_log2) {
-        if (writes_scratch(work.dst_batch)) {
-            g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), row)] = lse_log2;
-        } else {
-            g.store_lse(work.flat_row(g, row), lse_log2);
-        }
     }
 
     // The warpgroups give each other the columns that they do not write, thread by thread: sixteen
@@ -320,15 +332,28 @@ struct NarrowConsumer {
         }
     }
 
-    // Writes this warpgroup's half of the columns, by way of its half of the page, so that whole
-    // cache lines leave.
-    template <class T>
-    __device__ static void store(const State& state, NarrowOutput& o, T* dst, int num_rows) {
+    __device__ static void store_output(const MlaGlobals& g,
+                                        const State& state,
+                                        NarrowOutput& o,
+                                        const PartialWork& work) {
+        if (writes_scratch(work.dst_batch)) {
+            float* dst = g.o_scratch + g.scratch_row(scratch_slot(work.dst_batch), 0) * kLatentDim;
+            store<float>(state, o, work.num_rows, [&](int col) { return row_writer(dst + col); });
+        } else {
+            Element* dst = reinterpret_cast<Element*>(g.out) +
+                           static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
+            store<Element>(state, o, work.num_rows, [&](int col) { return row_writer(dst + col); });
+        }
+    }
+
+    // Gives away this warpgroup's half of the columns, by way of its half of the page, so that
+    // whole cache lines leave: way(column)(row, 16 bytes of T).
+    template <class T, class Way>
+    __device__ static void store(const State& state, NarrowOutput& o, int num_rows, Way way) {
         constexpr int kPitch = kStagedRowBytes<T>;
         static_assert(kGroups * kRowsAtOnce * kPitch <= Config::kSmemPageBytes);
         const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
         const uint32_t staged = page_address(state, kQPage) + group() * kRowsAtOnce * kPitch;
-        dst += group() * kHalfLatent;
 #pragma unroll
         for (int first = 0; first < kThreadPairs; first += kRowsAtOnce / 8) {
             if (first * 8 >= num_rows) break;
@@ -339,17 +364,21 @@ struct NarrowConsumer {
             constexpr int kVectorsPerRow = kHalfLatent * sizeof(T) / 16;
             constexpr int kTogether = kWarpgroupThreads / kVectorsPerRow;  // rows
             const int row = thread / kVectorsPerRow, vector = thread % kVectorsPerRow;
-            T* to = dst + (first * 8 + row) * kLatentDim + vector * (16 / sizeof(T));
-            float4 v[kRowsAtOnce / kTogether];
+            const auto put =
+                way(group() * kHalfLatent + vector * (16 / static_cast<int>(sizeof(T))));
+            constexpr int kInFlight = 4;
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce / kTogether; ++i) {
-                v[i] = mk::ptx::load_smem_float4(staged + (row + i * kTogether) * kPitch +
-                                                 vector * 16);
-            }
+            for (int begin = 0; begin < kRowsAtOnce / kTogether; begin += kInFlight) {
+                float4 v[kInFlight];
 #pragma unroll
-            for (int i = 0; i < kRowsAtOnce / kTogether; ++i) {
-                if (first * 8 + row + i * kTogether < num_rows) {
-                    store_16_bytes(to + i * kTogether * kLatentDim, v[i]);
+                for (int i = 0; i < kInFlight; ++i) {
+                    v[i] = mk::ptx::load_smem_float4(
+                        staged + (row + (begin + i) * kTogether) * kPitch + vector * 16);
+                }
+#pragma unroll
+                for (int i = 0; i < kInFlight; ++i) {
+                    const int to = first * 8 + row + (begin + i) * kTogether;
+                    if (to < num_rows) put(to, v[i]);
                 }
             }
         }

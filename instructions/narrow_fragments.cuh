@@ -41,7 +41,7 @@ struct NarrowOutput {
 class NarrowQ {
   public:
     __device__ NarrowQ(uint32_t address, int box_rows)
-        : low_(__shfl_sync(~0u, address, 0) >> 4 | 1 << 16),
+        : low_((__shfl_sync(~0u, address, 0) & kCtaAddress) >> 4 | 1 << 16),
           block_(__shfl_sync(~0u, box_rows, 0) * kBlockRowBytes >> 4) {}
 
     // The 16-deep slice `step` of the 36 of the width.

@@ -13,6 +13,7 @@ struct PartialWork {
     int dst_batch, sequence, start, end, length, num_tiles;
     TokenSpan tokens;
     int first_row, num_rows;  // of the sequence
+    int num_mates, mate;      // see cluster_merge.cuh
 
     __device__ PartialWork(const MlaGlobals& g, const int32_t* words) {
         dst_batch = words[Words::kDstBatch];
@@ -25,6 +26,13 @@ struct PartialWork {
         num_rows = words[Words::kNumRows];
         if (num_rows == 0) num_rows = min(kMaxRows, tokens.count * g.num_heads - first_row);
         num_tiles = num_tiles_of(words);
+        num_mates = words[Words::kNumMates];
+        mate = words[Words::kMate];
+    }
+    __device__ bool is_shared() const { return num_mates > 1; }
+    // Beyond these a partial needs no page; one that is shared keeps them all to its end.
+    __device__ static int num_tiles_kept(const int32_t* words) {
+        return words[Words::kNumMates] > 1 ? 1 << 24 : num_tiles_of(words);
     }
     __device__ static int num_tiles_of(const int32_t* words) {
         return (words[Words::kEnd] - words[Words::kStart] + kKvTile - 1) / kKvTile;
@@ -38,6 +46,19 @@ struct PartialWork {
     // The row as q and the output count it.
     __device__ int flat_row(const MlaGlobals& g, int row) const {
         return tokens.first * g.num_heads + first_row + row;
+    }
+    // Of a row of the group, where the result goes.
+    __device__ void store_lse(const MlaGlobals& g, int row, float lse_log2) const {
+        if (writes_scratch(dst_batch)) {
+            g.lse_log2_scratch[g.scratch_row(scratch_slot(dst_batch), row)] = lse_log2;
+        } else {
+            g.store_lse(flat_row(g, row), lse_log2);
+        }
+    }
+    // Partial results are weighed against each other without their sinks.
+    __device__ float sink_log2(const MlaGlobals& g, int row) const {
+        if (g.attn_sink == nullptr || writes_scratch(dst_batch)) return -INFINITY;
+        return g.sink_log2(flat_row(g, row));
     }
     // Leading tiles that every row sees in full.
     __device__ int num_plain_tiles(const MlaGlobals& g) const {
@@ -97,6 +118,14 @@ struct PartialPages {
         return state.wait(kKvEmpty + place(half_tile), half_tile / kRing - 1);
     }
 
+    // The whole of it, by one thread.
+    template <class State>
+    __device__ static void release_ring(const State& state) {
+        for (int i = 0; i < kRing; ++i) {
+            state.release_page(kQPages + i, State::Config::kPageReleaseArrivals);
+        }
+    }
+
     // For consumers: a half tile is there.
     template <class State>
     __device__ static void wait_half(const MlaGlobals& g, const State& state, int half_tile) {
@@ -117,9 +146,9 @@ struct PartialPages {
     // The mbarrier on which the warps of one warpgroup arrive, a lane of each, when they have read
     // a half tile: its page goes to a later one or to the next instruction.
     template <class State>
-    __device__ static uint32_t emptied(const State& state, int half_tile, int num_tiles) {
-        return half_tile + kRing < 2 * num_tiles ? state.semaphore(kKvEmpty + place(half_tile))
-                                                 : state.page_free(page(half_tile));
+    __device__ static uint32_t emptied(const State& state, int half_tile, int num_tiles_kept) {
+        return half_tile + kRing < 2 * num_tiles_kept ? state.semaphore(kKvEmpty + place(half_tile))
+                                                      : state.page_free(page(half_tile));
     }
 };
 

@@ -15,6 +15,7 @@
 // asked for again in that order.
 #pragma once
 
+#include "instructions/cluster_merge.cuh"
 #include "instructions/epilogue.cuh"
 #include "instructions/partial_work.cuh"
 #include "instructions/softmax.cuh"
@@ -53,6 +54,7 @@ class WideConsumer {
     const int group = __shfl_sync(~0u, mk::ptx::thread_in_cta() / kWarpgroupThreads, 0);
     const int row = fragment_row();  // of this thread, and the one eight below
     const int num_tiles;
+    const int num_tiles_kept;
     const int plain_tiles;  // leading tiles that every row sees in full
     // A warpgroup's tiles all come to the same pages: of its own tiles its half of the columns and
     // the other half, of the other's tiles its half.
@@ -64,6 +66,7 @@ class WideConsumer {
         : g(g),
           state(state),
           num_tiles(PartialWork::num_tiles_of(state.words())),
+          num_tiles_kept(PartialWork::num_tiles_kept(state.words())),
           plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
           own_page(half_page(group, group)),
           other_half_page(half_page(group, 1 - group)),
@@ -179,7 +182,7 @@ class WideConsumer {
 
     // This warpgroup's half of a tile: who looks after it next.
     __device__ uint32_t emptied(int tile) const {
-        return Pages::emptied(state, Pages::half_tile(tile, group), num_tiles);
+        return Pages::emptied(state, Pages::half_tile(tile, group), num_tiles_kept);
     }
     __device__ static void let_go(uint32_t emptied) {
         if (is_first_lane()) mk::ptx::mbar_arrive(emptied);
@@ -212,53 +215,71 @@ class WideConsumer {
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         for (int i = 0; i < 2; ++i) rows.sum[i] += shared.sum[1 - group][row + 8 * i];
         // Nobody reads Q any more: its pages are for the output now.
-        store_output(work);
-        store_lse(work);
+        if (work.is_shared()) {
+            merge_with_mates(work);
+        } else {
+            store_output(work);
+            store_lse([&](int row, float lse_log2) { work.store_lse(g, row, lse_log2); }, work);
+        }
         mk::ptx::fence_proxy_async_smem();
         // Nobody begins the next instruction's scratch before all have read this one's.
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        if (mk::ptx::thread_in_cta() == 0) state.record(mk::TimingWord::kComputeEnd);
+        if (mk::ptx::thread_in_cta() == 0) {
+            state.record(mk::TimingWord::kComputeEnd);
+            if (work.is_shared()) Pages::release_ring(state);
+        }
         if (!is_first_lane()) return;
         state.release_page(group, 1);
         state.arrive(Pages::kOutputStored);
     }
 
+    __device__ void merge_with_mates(const PartialWork& work) const {
+        const ClusterMerge<Config> mates(g, state, work);
+        if (mk::ptx::thread_in_cta() < mk::kWarpThreads) mates.open_inbox();
+        mates.wait_open();
+        store_lse([&](int row, float lse_log2) { mates.send_lse(row, lse_log2); }, work);
+        store_rows_as<float>(work, [&](int col) { return mates.sender(col); });
+        mates.merge();
+    }
+
     __device__ void store_output(const PartialWork& work) const {
-        // Warps without a row of the group have nothing to store.
-        if (row / 16 * 16 >= work.num_rows) return;
-        const RowScale inverse = inverse_sum(work);
-        const int first_col = group * kHalfLatent;
         if (writes_scratch(work.dst_batch)) {
             const int slot = scratch_slot(work.dst_batch);
             float* dst = g.o_scratch + g.scratch_row(slot, 0) * kLatentDim;
-            store_rows(o, inverse, page(group), dst + first_col, work.num_rows);
+            store_rows_as<float>(work, [&](int col) { return row_writer(dst + col); });
         } else {
             Element* dst = reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            store_rows(o, inverse, page(group), dst + first_col, work.num_rows);
+            store_rows_as<Element>(work, [&](int col) { return row_writer(dst + col); });
         }
+    }
+    // way(column)(row, 16 bytes of T)
+    template <class T, class Way>
+    __device__ void store_rows_as(const PartialWork& work, Way way) const {
+        // Warps without a row of the group have nothing to store.
+        if (row / 16 * 16 >= work.num_rows) return;
+        const int first_col = group * kHalfLatent;
+        store_rows<T>(o, inverse_sum(work), page(group), work.num_rows, [&](int col) {
+            return way(first_col + col);
+        });
     }
 
     __device__ RowScale inverse_sum(const PartialWork& work) const {
         float sink_log2[2] = {-INFINITY, -INFINITY};
-        if (g.attn_sink != nullptr && !writes_scratch(work.dst_batch)) {
+        if (g.attn_sink != nullptr && !work.is_shared()) {
             for (int i = 0; i < 2; ++i) {
-                sink_log2[i] = g.sink_log2(work.flat_row(g, min(row + 8 * i, work.num_rows - 1)));
+                sink_log2[i] = work.sink_log2(g, min(row + 8 * i, work.num_rows - 1));
             }
         }
         return rows.inverse_sum(sink_log2);
     }
 
     // Each warpgroup looks after one of a thread's two rows.
-    __device__ void store_lse(const PartialWork& work) const {
+    template <class Put>
+    __device__ void store_lse(Put put, const PartialWork& work) const {
         const int own = row + 8 * group;
         if (mk::ptx::thread_in_cta() % 4 != 0 || own >= work.num_rows) return;
-        const float lse_log2 = group == 0 ? rows.lse_log2(0) : rows.lse_log2(1);
-        if (writes_scratch(work.dst_batch)) {
-            g.lse_log2_scratch[g.scratch_row(scratch_slot(work.dst_batch), own)] = lse_log2;
-        } else {
-            g.store_lse(work.flat_row(g, own), lse_log2);
-        }
+        put(own, group == 0 ? rows.lse_log2(0) : rows.lse_log2(1));
     }
 };
 

@@ -27,6 +27,7 @@ enum class WaitKind : int32_t {
     kDoneFlag = 6,      // completion flag in global memory
     kBadOpcode = 7,     // not a wait: the queue held an opcode that this kernel lacks
     kBadLength = 8,     // not a wait: a request's length was out of range
+    kCluster = 9,       // other CTAs of the cluster
 };
 
 // In pinned host memory, mapped into the device. Written by the first CTA that gives up.

@@ -15,6 +15,9 @@ inline constexpr int kOpcodeEndOfQueue = -1;
 inline constexpr int kHopperSmemBytes = 227 * 1024;  // most that one CTA may ask for
 inline constexpr int kHopperRegisters = 64 * 1024;
 
+// CTAs of the largest cluster that every Hopper GPU can launch.
+inline constexpr int kMaxClusterCtas = 8;
+
 // Warps of a CTA, in this order: consumers first, because warpgroup instructions want warps aligned
 // to four; then one control warpgroup, a warp per role.
 enum class Role : int { kConsumer = 0, kController, kLoader, kStorer, kLauncher };
@@ -35,6 +38,7 @@ struct DefaultConfig {
     static constexpr int kScratchBytes = 9 * 1024 + 512;
     static constexpr int kInstructionRing = 4;  // instructions in flight in one CTA
     static constexpr int kSemaphoresPerInstruction = 16;
+    static constexpr int kNumClusterBarriers = 4;  // see State::cluster_barrier
 
     // A page is free when this many arrivals have come: one per warp of the warpgroup that used
     // it last, or all of them from a single warp.

@@ -32,6 +32,8 @@ struct ControlBlock {
     uint64_t retired[Config::kInstructionRing];       // every role is done with it
     uint64_t loads_issued[Config::kInstructionRing];  // the next one may be fetched
     uint64_t page_free[Config::kNumSmemPages];        // the instruction before has let go of it
+    // For what CTAs of a cluster do together in their first instruction.
+    uint64_t cluster_barriers[Config::kNumClusterBarriers];
 
     int32_t epoch;
     int32_t wait_of_role[kNumRoles];  // what it waits for, see Watchdog::note; 0: nothing

@@ -101,9 +101,39 @@ class FailureRecords {
     }
 };
 
-// Enqueues one megakernel of num_ctas persistent CTAs (one per SM).
+// Clusters of so many CTAs that the device can run at a time. (Which SMs make one depends on which
+// of them a chip has lost, so that clusters of four or more may leave some idle.)
 template <class Config, class Ops, class Globals>
-void launch(const Globals& globals, int num_ctas, int device, cudaStream_t stream) {
+int max_clusters(int cluster_ctas, int device) {
+    const DeviceGuard guard(device);
+    const auto kernel = megakernel<Config, Ops, Globals>;
+    constexpr int kSmemBytes = SmemLayout<Config>::kTotalBytes;
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSmemBytes),
+        "shared memory of a CTA");
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(cluster_ctas), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(cluster_ctas);
+    config.blockDim = dim3(kNumThreads<Config>);
+    config.dynamicSmemBytes = kSmemBytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int count = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "clusters at a time");
+    return count;
+}
+
+// Persistent CTAs, one per SM at most, and how many make a cluster.
+struct Grid {
+    int num_ctas;
+    int cluster_ctas = 1;
+};
+
+// Enqueues one megakernel.
+template <class Config, class Ops, class Globals>
+void launch(const Globals& globals, Grid grid, int device, cudaStream_t stream) {
     const auto kernel = megakernel<Config, Ops, Globals>;
     constexpr int kSmemBytes = SmemLayout<Config>::kTotalBytes;
     static std::mutex mutex;
@@ -120,16 +150,18 @@ void launch(const Globals& globals, int num_ctas, int device, cudaStream_t strea
     }
     // Its CTAs may come up while the last kernel of the stream drains: they wait for it before
     // they read anything.
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(grid.cluster_ctas), 1, 1};
     cudaLaunchConfig_t config{};
-    config.gridDim = dim3(num_ctas);
+    config.gridDim = dim3(grid.num_ctas);
     config.blockDim = dim3(kNumThreads<Config>);
     config.dynamicSmemBytes = kSmemBytes;
     config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
     check_cuda(cudaLaunchKernelEx(&config, kernel, globals), "megakernel launch");
 }
 

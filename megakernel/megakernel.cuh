@@ -21,6 +21,9 @@ __device__ void init_control_block() {
     for (int page = 0; page < Config::kNumSmemPages; ++page) {
         ptx::mbar_init(ptx::smem_address(&control.page_free[page]), Config::kPageReleaseArrivals);
     }
+    for (uint64_t& barrier : control.cluster_barriers) {
+        ptx::mbar_init(ptx::smem_address(&barrier), kMaxClusterCtas);
+    }
     for (int32_t& wait : control.wait_of_role) wait = 0;
     control.failure.raised = 0;
     ptx::fence_mbar_init();
@@ -46,6 +49,8 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
     if (role == Role::kController) init_control_block<Config>();
+    __syncwarp();
+    ptx::cluster_arrive();
     ptx::wait_for_earlier_kernels();
 
     // Two round trips to memory, side by side: the first instruction, and the epoch. Every launch
@@ -54,6 +59,7 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     if (threadIdx.x == 0) {
         control_block<Config>().epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
     }
+    ptx::cluster_wait();  // for mbarriers of the other CTAs
     __syncthreads();
 
     if (role == Role::kConsumer) {
@@ -74,7 +80,11 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
         }
     }
 
-    __syncthreads();
+    // No CTA of a cluster leaves before all have sent what they send to it, even in a launch that
+    // failed.
+    __syncwarp();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
     if (control_block<Config>().failure.raised == 0) return;
     if (threadIdx.x == 0) publish_failure<Config>(args);
     let_copies_land();

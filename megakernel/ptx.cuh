@@ -291,6 +291,73 @@ __device__ __forceinline__ void store_relaxed_gpu(int32_t* pointer, int32_t valu
     asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
+// ---- the cluster --------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// The address of the same place in the shared memory of another CTA of the cluster.
+__device__ __forceinline__ uint32_t address_at(uint32_t address, uint32_t rank) {
+    uint32_t there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+    return there;
+}
+
+// For what this CTA has read there may now be written something else. (What it wrote itself the
+// other CTA need not see.)
+__device__ __forceinline__ void mbar_arrive_at(uint32_t mbar_there, int arrivals = 1) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(mbar_there), "r"(arrivals)
+                 : "memory");
+}
+// The other CTA sees what this thread wrote, or saw written, wherever it is. That takes a fence of
+// the whole GPU.
+__device__ __forceinline__ void mbar_release_at(uint32_t mbar_there, int arrivals = 1) {
+    asm volatile(
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(mbar_there),
+        "r"(arrivals)
+        : "memory");
+}
+
+// Sends to another CTA's shared memory; its mbarrier counts the bytes when they are there.
+__device__ __forceinline__ void send_float(uint32_t there, float value, uint32_t mbar_there) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+            there),
+        "r"(__float_as_uint(value)),
+        "r"(mbar_there)
+        : "memory");
+}
+__device__ __forceinline__ void send_float4(uint32_t there,
+                                            const float4& value,
+                                            uint32_t mbar_there) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+        "[%0], {%1, %2, %3, %4}, [%5];" ::"r"(there),
+        "r"(__float_as_uint(value.x)),
+        "r"(__float_as_uint(value.y)),
+        "r"(__float_as_uint(value.z)),
+        "r"(__float_as_uint(value.w)),
+        "r"(mbar_there)
+        : "memory");
+}
+
+// After a wait that a release from another CTA has ended: what was written before it is seen.
+__device__ __forceinline__ void fence_acq_rel_cluster() {
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+}
+
+// A barrier of all threads of the cluster, in two steps. Of what was written before it only
+// mbarriers' beginnings, with their fence, are seen after it.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // ---- the CTA ------------------------------------------------------------------
 
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {

@@ -85,6 +85,18 @@ class State {
         return ptx::mbar_test_wait(semaphore(index), phase & 1);
     }
 
+    // ---- other CTAs of the cluster ------------------------------------------------
+
+    // mbarrier that stands there from the launch on, for CTAs of one cluster. Its one phase ends
+    // with kMaxClusterCtas arrivals: of a CTA for each that takes part, the others' by itself.
+    __device__ uint32_t cluster_barrier(int index) const {
+        return ptx::smem_address(&control().cluster_barriers[index]);
+    }
+    // Then what others sent here can be read.
+    __device__ bool wait_cluster(int index) const {
+        return wait_local(cluster_barrier(index), 0, WaitKind::kCluster, index);
+    }
+
     // ---- other CTAs -----------------------------------------------------------------
 
     // Waits until the flag carries this launch's epoch, then sees what was written before it.

@@ -27,6 +27,11 @@ struct CostModel {
     // 1 KiB in the output (16 bits).
     double partial_store_kib_us = 0.006;
 
+    // What mates, workers of a cluster that share a partial, take longer than one worker whose
+    // result needs no merging; and one KiB of columns that one sends to the others.
+    double mates_fixed_us = 1.0;
+    double mates_kib_us = 0.03;
+
     // One 64-token KV tile (73,728 bytes): the time that the memory system needs when
     // it does nothing else. SMs that stream at once share it.
     double partial_tile_us = 0.01603;  // 73,728 B at 4.6 TB/s
@@ -73,6 +78,8 @@ inline constexpr CostField kCostFields[] = {
     {"partial_fixed_us", &CostModel::partial_fixed_us},
     {"partial_next_us", &CostModel::partial_next_us},
     {"partial_store_kib_us", &CostModel::partial_store_kib_us},
+    {"mates_fixed_us", &CostModel::mates_fixed_us},
+    {"mates_kib_us", &CostModel::mates_kib_us},
     {"partial_tile_us", &CostModel::partial_tile_us},
     {"partial_tile_compute_us", &CostModel::partial_tile_compute_us},
     {"partial_tile_contention_us", &CostModel::partial_tile_contention_us},

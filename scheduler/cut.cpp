@@ -5,6 +5,8 @@
 #include <map>
 #include <numeric>
 
+#include "scheduler/task_cost.h"
+
 namespace mla {
 
 namespace {
@@ -74,6 +76,51 @@ class PieceCounter {
     double tile_us_;
     double merge_us_;
 };
+
+// Workers for each row group of a sequence that shall end by a deadline, as few as can be. 0:
+// impossible.
+int clustered_workers(const Problem& problem,
+                      const CostModel& cost,
+                      double tile_us,
+                      int cluster_ctas,
+                      bool in_one_if_possible,
+                      int sequence,
+                      double deadline_us) {
+    Task task;
+    task.num_rows = std::min(problem.sequences[sequence].num_rows, kMaxRows);
+    task.to_output = true;
+    const int tiles = problem.num_tiles(sequence);
+    const double begin_us = cost.launch_us + cost.partial_fixed_us;
+    // In one cluster ...
+    int in_one = 0;
+    for (task.num_mates = 1; task.num_mates <= std::min(tiles, cluster_ctas); task.num_mates *= 2) {
+        const double stream_us = ceil_div(tiles, task.num_mates) * tile_us;
+        if (begin_us + stream_us + partial_store_us(task, cost) > deadline_us) continue;
+        in_one = task.num_mates;
+        break;
+    }
+    if (in_one_if_possible && in_one > 0) return in_one;
+    // ... or in several, with a reduction.
+    task.num_mates = cluster_ctas;
+    const double room_us = deadline_us - begin_us - partial_store_us(task, cost) - merge_us(cost);
+    if (room_us < tile_us) return in_one;
+    const double most_tiles = std::min<double>(room_us / tile_us, tiles);
+    const int in_several = ceil_div(tiles, static_cast<int>(most_tiles));
+    return in_one > 0 ? std::min(in_one, in_several) : in_several;
+}
+
+// Groups of mates, the largest first.
+void append_clusters(Cut& cut, int sequence, int tiles, int workers, int cluster_ctas) {
+    int32_t begin = 0;
+    for (int64_t given = 0; given < workers;) {
+        int mates = cluster_ctas;
+        while (mates > workers - given) mates /= 2;
+        given += mates;
+        const auto end = static_cast<int32_t>(given * tiles / workers);
+        cut.pieces.push_back({sequence, begin, end, mates});
+        begin = end;
+    }
+}
 
 // The sequences of one number of row groups, and the gangs that work on them: as many of the
 // workers as is their share of the work.
@@ -239,6 +286,46 @@ Cut cut_even(const Problem& problem, const CostModel& cost, int max_gangs) {
     }
     fits(feasible_us);
     return cut_into(problem, counts);
+}
+
+Cut cut_into_clusters(const Problem& problem,
+                      const CostModel& cost,
+                      int cluster_ctas,
+                      bool in_one_if_possible,
+                      int max_workers) {
+    const double tile_us = cost.tile_us(max_workers, problem.kv_sharing);
+    std::vector<int32_t> workers(problem.num_sequences());
+    const auto fits = [&](double deadline_us) {
+        int64_t all = 0;
+        for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+            workers[sequence] = clustered_workers(
+                problem, cost, tile_us, cluster_ctas, in_one_if_possible, sequence, deadline_us);
+            if (workers[sequence] == 0) return false;
+            all += int64_t{workers[sequence]} * problem.row_groups(sequence);
+        }
+        return all <= max_workers;
+    };
+    double infeasible_us = 0.0;
+    double feasible_us = PieceCounter(cost, tile_us).upper_bound_us(problem.longest()) + tile_us;
+    if (!fits(feasible_us)) return {};
+    for (int i = 0; i < kBisections; ++i) {
+        const double middle_us = (infeasible_us + feasible_us) / 2;
+        (fits(middle_us) ? feasible_us : infeasible_us) = middle_us;
+    }
+    fits(feasible_us);
+
+    Cut cut;
+    cut.first_piece.push_back(0);
+    for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
+        append_clusters(
+            cut, sequence, problem.num_tiles(sequence), workers[sequence], cluster_ctas);
+        cut.first_piece.push_back(static_cast<int32_t>(cut.pieces.size()));
+    }
+    start_longest_first(cut);
+    std::stable_sort(cut.start_order.begin(), cut.start_order.end(), [&cut](int32_t a, int32_t b) {
+        return cut.pieces[a].num_mates > cut.pieces[b].num_mates;
+    });
+    return cut;
 }
 
 Cut cut_line(const Problem& problem, const CostModel& cost, int min_tiles, LineOrder order) {

@@ -1,6 +1,7 @@
 // Where each sequence's KV is cut into pieces, and in what order the pieces start.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,6 +17,7 @@ struct Piece {
     int32_t sequence;
     int32_t begin_tile;
     int32_t end_tile;
+    int32_t num_mates = 1;  // workers of a cluster that share it, for each row group
 };
 
 struct Cut {
@@ -25,6 +27,11 @@ struct Cut {
     // By sequence, where the policy grew its own; otherwise one merge reads all pieces.
     std::vector<MergeTree> trees;
 
+    int num_mates() const {  // the most of a piece
+        int most = 1;
+        for (const Piece& piece : pieces) most = std::max(most, piece.num_mates);
+        return most;
+    }
     int num_pieces(int sequence) const { return first_piece[sequence + 1] - first_piece[sequence]; }
 };
 
@@ -38,6 +45,16 @@ Cut cut_fixed(const Problem& problem, int split_tiles);
 // them, end together when at most `max_gangs` gangs run, one piece each. Needs max_gangs
 // >= problem.gangs_unsplit().
 Cut cut_even(const Problem& problem, const CostModel& cost, int max_gangs);
+
+// The same with clusters: a sequence's workers are mates of one cluster, or of several, which have
+// a piece each; in one if that is possible at all, or if it takes no more of them. At most
+// `max_workers` work, a power of two on a piece, up to `cluster_ctas`. Larger groups of mates start
+// first, so that none is in two clusters. Empty if there is no such cut.
+Cut cut_into_clusters(const Problem& problem,
+                      const CostModel& cost,
+                      int cluster_ctas,
+                      bool in_one_if_possible,
+                      int max_workers);
 
 enum class LineOrder { kGiven, kLongestFirst };
 

@@ -23,7 +23,9 @@ class CtaTeam {
                   "a warp has a lane for each");
 
     // Memory that all of its threads share, for write().
-    static constexpr int kStageBytes = kThreads * sizeof(InstructionHead);
+    static constexpr int kHeadParts = InstructionHead::kWords / 4;
+    static constexpr int kHeadStride = kHeadParts | 1;  // odd: no bank conflicts
+    static constexpr int kStageBytes = kThreads * kHeadStride * sizeof(int4);
     __device__ explicit CtaTeam(unsigned char* stage) : stage_(reinterpret_cast<int4*>(stage)) {}
 
     __device__ int rank() const { return threadIdx.x; }
@@ -39,6 +41,11 @@ class CtaTeam {
                 __reduce_add_sync(~0u, own.slots),
                 __reduce_add_sync(~0u, own.merges),
                 __reduce_add_sync(~0u, own.full)};
+    }
+    __device__ MatesTotals sum(const MatesTotals& own) const {
+        return {__reduce_add_sync(~0u, own.mates),
+                __reduce_max_sync(~0u, own.most_log2),
+                __reduce_max_sync(~0u, own.most_tiles)};
     }
     __device__ CutTotals total(const CutTotals& own) const {
         return exchange(sum(own), [this](const CutTotals& mine) { return sum(mine); });
@@ -127,13 +134,12 @@ class CtaTeam {
 
     // Eight lanes write one instruction.
     __device__ void write(int32_t* words, int place, const InstructionHead& head) const {
-        constexpr int kHeadParts = InstructionHead::kWords / 4;
         constexpr int kParts = kInstructionWords / 4;
-        int4* mine = stage_ + group() * (kLanes * kHeadParts);
+        int4* mine = stage_ + group() * (kLanes * kHeadStride);
         const auto* parts = reinterpret_cast<const int4*>(head.words);
 #pragma unroll
         for (int part = 0; part < kHeadParts; ++part) {
-            mine[lane() * kHeadParts + part] = parts[part];
+            mine[lane() * kHeadStride + part] = parts[part];
         }
         __syncwarp();
         const int part = lane() % kParts;
@@ -141,7 +147,7 @@ class CtaTeam {
         for (int item = lane() / kParts; item < kLanes; item += kLanes / kParts) {
             const int to = __shfl_sync(~0u, place, item);
             int4 value{0, 0, 0, 0};
-            if (part < kHeadParts) value = mine[item * kHeadParts + part];
+            if (part < kHeadParts) value = mine[item * kHeadStride + part];
             if (to >= 0) reinterpret_cast<int4*>(words)[int64_t{to} * kParts + part] = value;
         }
         __syncwarp();

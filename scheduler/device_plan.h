@@ -5,9 +5,11 @@
 // own code.)
 //
 //   read     lengths and rows of every sequence; bad lengths are clamped, counted
-//   choose   the length of even pieces; or one line of all sequences, cut into equal shares
+//   choose   the length of even pieces; or that of mates' shares, where they need no merging; or
+//   one
+//            line of all sequences, cut into equal shares
 //   cut      pieces and reductions of every sequence, and their places
-//   sort     partials, the longest first
+//   sort     partials, the longest first, or those with the most mates
 //   write    partials, reductions over runs of slots, fills; then end marks
 #pragma once
 
@@ -23,10 +25,10 @@
 namespace mla {
 
 // Team: rank() of size() threads, in groups: lane() of lanes(), group() of num_groups();
-// sync(). Of the group: sum(x). Of the team, each a sync as well: total(BatchTotals),
-// total(CutTotals); least(values, n), the last index of the least; prefix_sums(values, n),
-// exclusive, in place, the total behind; sort(state, n), places of keys. write(to, place, head)
-// is called by whole groups; nothing is written where `place` is negative.
+// sync(). Of the group: sum(CutTotals), sum(MatesTotals). Of the team, each a sync as well:
+// total(BatchTotals), total(CutTotals); least(values, n), the last index of the least;
+// prefix_sums(values, n), exclusive, in place, the total behind; sort(state, n), places of keys.
+// write(to, place, head) is called by whole groups; nothing is written where `place` is negative.
 template <class Team>
 class DevicePlanner {
   public:
@@ -57,12 +59,17 @@ class DevicePlanner {
     struct Choice {
         EvenCut even;
         CutTotals totals;
+        uint32_t log2_mates;
         bool is_line;
     };
     struct Cut {
         EvenCut even;
         LineCut line;
+        uint32_t log2_mates;  // the most of a row group; 0: none have any
         bool is_line;
+
+        // The pieces of a sequence are its mates.
+        MLA_HOST_DEVICE bool has_mates() const { return log2_mates > 0; }
 
         MLA_HOST_DEVICE uint32_t longest_piece(uint32_t longest) const {
             return device_plan::smaller(longest,
@@ -106,7 +113,7 @@ class DevicePlanner {
     // ---- the choice -----------------------------------------------------------------
 
     MLA_HOST_DEVICE Choice choose(const BatchTotals& batch) {
-        if (!p_.balances()) return {EvenCut(p_.split_tiles, 0), {}, false};
+        if (!p_.balances()) return {EvenCut(p_.split_tiles, 0), {}, 0, false};
         const Estimate estimate(p_, batch);
         MLA_SHORT_LOOP
         for (int i = team_.group(); i < device_plan::kCandidates; i += team_.num_groups()) {
@@ -115,12 +122,22 @@ class DevicePlanner {
                 const EvenCut even(estimate.tiles(i), p_.constants.margin);
                 const CutTotals totals = team_.sum(totals_of(even));
                 ns = i == 0 ? estimate.line_ns(totals) : estimate.pieces_ns(even, totals);
-                if (team_.lane() == 0) s_.candidates[i] = {even, totals};
+                uint32_t log2_mates = 0;
+                if (p_.has_clusters() && i > 0) {
+                    const MatesTotals mates = team_.sum(mates_of(even));
+                    const uint32_t mates_ns = estimate.mates_ns(mates);
+                    if (mates_ns < ns) {
+                        ns = mates_ns;
+                        log2_mates = mates.most_log2;
+                    }
+                }
+                if (team_.lane() == 0) s_.candidates[i] = {even, totals, log2_mates};
             }
             if (team_.lane() == 0) s_.candidate_ns[i] = ns;
         }
         const int best = team_.least(s_.candidate_ns, device_plan::kCandidates);
-        return {s_.candidates[best].even, s_.candidates[best].totals, best == 0};
+        const Candidate& chosen = s_.candidates[best];
+        return {chosen.even, chosen.totals, chosen.log2_mates, best == 0};
     }
 
     MLA_HOST_DEVICE CutTotals totals_of(const EvenCut& even) const {
@@ -134,25 +151,42 @@ class DevicePlanner {
         return totals;
     }
 
+    MLA_HOST_DEVICE MatesTotals mates_of(const EvenCut& even) const {
+        MatesTotals totals;
+        MLA_SHORT_LOOP
+        for (int i = team_.lane(); i < p_.num_sequences(); i += team_.lanes()) {
+            const uint32_t tiles = s_.shape[i].tiles();
+            if (tiles == 0) continue;
+            const uint32_t log2 = even.log2_mates(tiles, p_.cluster_ctas);
+            totals.mates += s_.shape[i].groups() << log2;
+            totals.most_log2 = device_plan::larger(totals.most_log2, log2);
+            totals.most_tiles = device_plan::larger(totals.most_tiles, ((tiles - 1) >> log2) + 1);
+        }
+        return totals;
+    }
+
     // ---- cutting --------------------------------------------------------------------
 
     // Pieces and reductions of every sequence, and where its instructions and slots begin.
     MLA_HOST_DEVICE Cut cut(const Choice& choice) {
         const int n = p_.num_sequences();
-        Cut made{choice.even, LineCut(), choice.is_line};
+        Cut made{choice.even, LineCut(), choice.log2_mates, choice.is_line};
         CutTotals totals = choice.totals;
         if (choice.is_line) totals = cut_line(made.line);
         const uint32_t eighths = merged_eighths(p_, totals);
         MLA_SHORT_LOOP
         for (int i = team_.rank(); i < n; i += team_.size()) {
             const SequenceShape shape = s_.shape[i];
-            const uint32_t pieces =
-                choice.is_line ? s_.pieces[i] : choice.even.num_pieces(shape.tiles());
+            uint32_t pieces = choice.is_line ? s_.pieces[i] : choice.even.num_pieces(shape.tiles());
+            if (made.has_mates() && pieces > 0) {
+                pieces = 1u << choice.even.log2_mates(shape.tiles(), p_.cluster_ctas);
+            }
+            const bool merges = pieces > 1 && !made.has_mates();
             const uint32_t partials = pieces * shape.groups();
             s_.pieces[i] = pieces;
             s_.sums[i] = partials;
-            s_.sums[n + i] = pieces > 1 ? partials : 0;
-            s_.sums[2 * n + i] = pieces > 1 ? slice(i, pieces, eighths) : requests_.begins_fill(i);
+            s_.sums[n + i] = merges ? partials : 0;
+            s_.sums[2 * n + i] = merges ? slice(i, pieces, eighths) : requests_.begins_fill(i);
         }
         team_.sync();
         team_.prefix_sums(s_.sums, 3 * n);
@@ -216,6 +250,12 @@ class DevicePlanner {
     MLA_HOST_DEVICE Tiles tiles_of_piece(const Cut& cut, int sequence, uint32_t piece) const {
         const auto tiles = static_cast<int32_t>(s_.shape[sequence].tiles());
         Tiles found{0, tiles};
+        if (cut.has_mates()) {
+            const int log2 = 31 - __builtin_clz(s_.pieces[sequence]);
+            found.begin = static_cast<int32_t>(piece * tiles >> log2);
+            found.end = static_cast<int32_t>((piece + 1) * tiles >> log2);
+            return found;
+        }
         if (!cut.is_line) {
             found.begin = static_cast<int32_t>(piece * cut.even.tiles);
             if (piece + 1 < s_.pieces[sequence]) {
@@ -233,27 +273,40 @@ class DevicePlanner {
 
     struct Partial {
         int group;
+        int piece;
         Tiles tiles;
     };
-    // Those of a sequence are numbered piece by piece, and row group by row group.
+    // Those of a sequence are numbered piece by piece, and row group by row group; but mates of a
+    // row group are neighbours.
     MLA_HOST_DEVICE Partial partial(const Cut& cut, int number, int sequence) const {
         const uint32_t index = number - s_.sums[sequence];
-        const uint32_t groups = s_.shape[sequence].groups();
-        const uint32_t piece = index / p_.constants.small[groups];
-        return {static_cast<int>(index - piece * groups), tiles_of_piece(cut, sequence, piece)};
+        const uint32_t inner = cut.has_mates() ? s_.pieces[sequence] : s_.shape[sequence].groups();
+        const uint32_t outer_index = index / p_.constants.small[inner];
+        const uint32_t inner_index = index - outer_index * inner;
+        const uint32_t piece = cut.has_mates() ? inner_index : outer_index;
+        const uint32_t group = cut.has_mates() ? outer_index : inner_index;
+        return {
+            static_cast<int>(group), static_cast<int>(piece), tiles_of_piece(cut, sequence, piece)};
     }
 
     // Places for partials, where those are not their numbers; else false. Workers that take one
-    // each start all of them at once, and pieces of a fixed length are equal.
+    // each start all of them at once, and pieces of a fixed length are equal. But mates must be in
+    // one cluster: those of larger groups come first.
     MLA_HOST_DEVICE bool sort(const BatchTotals& batch, const Cut& cut) {
-        if (!p_.balances() || counts_.partials <= p_.num_workers) return false;
+        const uint32_t partials = counts_.partials;
+        const bool in_order = cut.has_mates() ? partials == batch.groups << cut.log2_mates
+                                              : partials <= static_cast<uint32_t>(p_.num_workers);
+        if (!p_.balances() || in_order) return false;
         // Classes of lengths end at multiples of a power of two.
         const int shift = 32 - __builtin_clz(cut.longest_piece(batch.longest) | 1);
         MLA_SHORT_LOOP
         for (int i = team_.rank(); i < counts_.partials; i += team_.size()) {
             const int sequence = find(s_.sums, i);
-            const Tiles tiles = partial(cut, i, sequence).tiles;
-            const uint32_t length = (tiles.end - tiles.begin) * device_plan::kKeys >> shift;
+            uint32_t length = s_.pieces[sequence];
+            if (!cut.has_mates()) {
+                const Tiles tiles = partial(cut, i, sequence).tiles;
+                length = (tiles.end - tiles.begin) * device_plan::kKeys >> shift;
+            }
             const uint32_t key =
                 device_plan::kKeys - 1 - device_plan::smaller(length, device_plan::kKeys - 1u);
             s_.keys[i] = sequence * device_plan::kKeys + key;
@@ -297,7 +350,9 @@ class DevicePlanner {
 
     MLA_HOST_DEVICE InstructionHead make_partial(const Cut& cut, int item, int sequence) const {
         const Partial made = partial(cut, item, sequence);
-        const bool to_slot = s_.pieces[sequence] > 1;
+        const auto pieces = static_cast<int32_t>(s_.pieces[sequence]);
+        const bool is_shared = pieces > 1 && cut.has_mates();
+        const bool to_slot = pieces > 1 && !is_shared;
         const int index = item - static_cast<int>(s_.sums[sequence]);
         return PartialInstruction{to_slot ? first_slot(sequence) + index : uid_of(item),
                                   sequence,
@@ -306,7 +361,9 @@ class DevicePlanner {
                                   made.tiles.end,
                                   s_.length[sequence],
                                   made.group,
-                                  s_.rows[sequence]}
+                                  s_.rows[sequence],
+                                  is_shared ? pieces : 0,
+                                  is_shared ? made.piece : 0}
             .head();
     }
 

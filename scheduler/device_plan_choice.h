@@ -33,6 +33,13 @@ struct CutTotals {
     }
 };
 
+// Of all sequences, each shared by mates.
+struct MatesTotals {
+    uint32_t mates = 0;
+    uint32_t most_log2 = 0;   // mates of a row group
+    uint32_t most_tiles = 0;  // of a mate
+};
+
 // Workers that have time to merge. Where every partial has its own, those that work on whole
 // sequences are late; and the last slice of a row group is seldom full.
 MLA_HOST_DEVICE uint32_t merging_workers(const DevicePlanProblem& p, const CutTotals& cut) {
@@ -87,6 +94,13 @@ class Estimate {
         // None is longer than a piece: as many waves as there are, all of them full, are the most.
         const uint64_t most = num_waves(cut.partials) * (next + piece);
         return saturated(device_plan::smaller(device_plan::larger(waves, share), most) + merge);
+    }
+
+    MLA_HOST_DEVICE uint32_t mates_ns(const MatesTotals& cut) const {
+        if (cut.mates > static_cast<uint32_t>(p_.num_workers)) return kNever;
+        const uint64_t tile = p_.tile_ns(p_.most_group_rows(), cut.mates);
+        return saturated(device_plan::larger(cut.most_tiles, p_.least_tiles()) * tile +
+                         p_.constants.mates[cut.most_log2]);
     }
 
     // A line of all sequences, cut where a worker's share of it ends.

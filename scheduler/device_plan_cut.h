@@ -24,6 +24,16 @@ struct EvenCut {
         return before_last + (before_last * tiles < sequence_tiles ? 1 : 0);
     }
     MLA_HOST_DEVICE uint32_t nearly_full() const { return tiles - tiles / 16; }
+
+    // Or a sequence is one piece, shared by as many mates that none has more than `tiles`: if there
+    // are so many.
+    MLA_HOST_DEVICE uint32_t log2_mates(uint32_t sequence_tiles, uint32_t cluster_ctas) const {
+        const uint32_t most = device_plan::smaller(sequence_tiles, cluster_ctas);
+        uint32_t log2 = 0;
+        MLA_SHORT_LOOP
+        while (tiles << log2 < sequence_tiles && 2u << log2 <= most) ++log2;
+        return log2;
+    }
 };
 
 // Sequences lie on the line one behind the other, each with what it costs to begin. Lengths on it

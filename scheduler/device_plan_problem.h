@@ -66,6 +66,7 @@ MLA_HOST_DEVICE uint32_t operator/(uint32_t x, Reciprocal d) {
 struct DevicePlanCost {
     uint32_t partial_next, tile_compute, reduction_fixed, dependency;
     uint32_t tile_1024, tile_contention_1024, reduction_row_1024;  // of 2 KiB
+    uint32_t mates_fixed, mates_row_1024, store_row_1024;          // of 2 KiB; of 1 KiB
 };
 
 // What follows from a problem, so that no thread divides.
@@ -78,6 +79,7 @@ struct DevicePlanConstants {
     device_plan::Reciprocal by_gangs;
     uint32_t line_lead;     // before the first tile of a sequence, in 1/16 tile
     uint32_t slot_eighths;  // of rows: what a slot holds in the mean
+    uint32_t mates[4];      // what 1, 2, 4, 8 of them take longer than a piece
     uint32_t margin;        // tiles that a sequence may have beyond a piece before it is cut
     uint32_t top_step;      // of a binary search for a sequence
     uint32_t most_partials;
@@ -97,7 +99,8 @@ struct DevicePlanProblem {
     int num_heads;     // query heads per KV head
     int max_seq_len;
     int num_workers;
-    int split_tiles;  // > 0: every sequence is cut so, whatever else is in the batch
+    int split_tiles;   // > 0: every sequence is cut so, whatever else is in the batch
+    int cluster_ctas;  // of the launch, a divisor of num_workers: 2, 4 or 8; 1: no clusters
     DevicePlanCost cost;
     DevicePlanConstants constants;  // see with_constants()
 
@@ -129,6 +132,7 @@ struct DevicePlanProblem {
         return d <= kMaxRows ? constants.small[d] : device_plan::reciprocal(d);
     }
     MLA_HOST_DEVICE bool balances() const { return split_tiles == 0; }
+    MLA_HOST_DEVICE bool has_clusters() const { return cluster_ctas > 1; }
     // All sequences with rows have as many row groups.
     MLA_HOST_DEVICE bool uniform() const { return cu_seqlens_q == nullptr || max_groups() == 1; }
 };
@@ -181,6 +185,14 @@ inline DevicePlanProblem with_constants(const DevicePlanProblem& problem) {
     k.slot_eighths = (8 * p.max_rows() + groups - 1) / groups;
     k.line_lead = device_plan::smaller((p.cost.partial_next * 16 + tile / 2) / tile,
                                        device_plan::kMaxLineLead);
+    // Each sends the others their columns and stores its own; a piece stores floats, all of them.
+    const uint32_t rows = p.most_group_rows();
+    const auto sent = static_cast<int64_t>(uint64_t{p.cost.mates_row_1024} * rows >> 10);
+    const auto stored = static_cast<int64_t>(uint64_t{p.cost.store_row_1024} * rows >> 10);
+    for (int log2 = 1; log2 < 4; ++log2) {
+        const int64_t more = p.cost.mates_fixed + sent - (sent >> log2) + (stored >> log2);
+        k.mates[log2] = static_cast<uint32_t>(device_plan::larger(more - 2 * stored, int64_t{0}));
+    }
     k.margin = (p.cost.dependency + p.cost.reduction_fixed + tile / 2) / tile;
     for (k.top_step = 1; 2 * int64_t{k.top_step} < p.num_sequences(); k.top_step *= 2) {
     }

@@ -28,6 +28,7 @@ static_assert(device_plan::kMaxGroups < 1 << SequenceShape::kGroupBits, "row gro
 struct Candidate {
     EvenCut even;
     CutTotals totals;
+    uint32_t log2_mates;  // the most of a row group
 };
 
 struct DevicePlanState {

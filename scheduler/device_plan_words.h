@@ -9,9 +9,9 @@
 
 namespace mla {
 
-// The words of an instruction that are not always 0.
+// The words of an instruction that are not always 0; those left out are.
 struct alignas(16) InstructionHead {
-    static constexpr int kWords = 12;
+    static constexpr int kWords = 16;
     int32_t words[kWords];
 };
 
@@ -22,10 +22,11 @@ struct PartialInstruction {
     int32_t first_tile, end_tile;
     int32_t length;
     int32_t group, rows;  // of the sequence
+    int32_t num_mates, mate;
 
     MLA_HOST_DEVICE InstructionHead head() const {
         const int32_t row = group * kMaxRows;
-        static_assert(PartialWords::kNumRows == 10, "the words in their order");
+        static_assert(PartialWords::kMate == 12, "the words in their order");
         return {{static_cast<int32_t>(Opcode::kMlaPartial),
                  uid,
                  to_slot ? -uid - 1 : sequence,
@@ -37,7 +38,8 @@ struct PartialInstruction {
                  length,
                  row,
                  device_plan::smaller(kMaxRows, rows - row),
-                 0}};
+                 num_mates,
+                 mate}};
     }
 };
 
@@ -69,10 +71,7 @@ struct ReductionInstruction {
                  first_slot + group,
                  pieces,
                  groups,
-                 row,
-                 0,
-                 0,
-                 0}};
+                 row}};
     }
 };
 
@@ -82,18 +81,7 @@ struct FillInstruction {
 
     MLA_HOST_DEVICE InstructionHead head() const {
         static_assert(FillWords::kTokenEnd == 3, "the words in their order");
-        return {{static_cast<int32_t>(Opcode::kMlaFill),
-                 uid,
-                 first_token,
-                 end_token,
-                 0,
-                 0,
-                 0,
-                 0,
-                 0,
-                 0,
-                 0,
-                 0}};
+        return {{static_cast<int32_t>(Opcode::kMlaFill), uid, first_token, end_token}};
     }
 };
 

@@ -219,6 +219,7 @@ TaskGraph lower_leaves(const Problem& problem, const Cut& cut) {
         task.to_output = cut.num_pieces(piece.sequence) == 1;
         task.length = sequence.length;
         task.kv_sharing = sequence.row_groups();
+        task.num_mates = piece.num_mates;
         task.start = piece.begin_tile * kKvTile;
         // The last tile need not be full.
         task.end =

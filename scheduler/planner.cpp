@@ -47,11 +47,13 @@ struct Candidate {
     TaskGraph graph;
     std::vector<int32_t> order;
     Timeline timeline;
+    int num_workers = 0;
 };
 
 Candidate draft(const Problem& problem, const CostModel& cost, Cut cut) {
     Candidate candidate;
     candidate.cut = std::move(cut);
+    candidate.num_workers = problem.num_workers;
     candidate.leaves = lower_leaves(problem, candidate.cut);
     candidate.leaf_order = leaf_order(problem, candidate.cut);
     candidate.leaf_timeline =
@@ -78,7 +80,7 @@ bool complete(const Problem& problem,
     if (times.finish_us >= give_up_us) return false;
     candidate.order = append_reductions(candidate.leaf_order, candidate.graph, times);
     candidate.timeline =
-        num_leaves <= problem.num_workers
+        num_instructions(candidate.leaves) <= static_cast<size_t>(problem.num_workers)
             ? simulate_reductions(candidate.graph,
                                   candidate.order,
                                   problem.num_workers,
@@ -140,6 +142,22 @@ class Search {
             consider_lines();
             refine_slices();
         }
+        return std::move(*best_);
+    }
+
+    // Partials shared by mates, if they are better than `other`.
+    Candidate run_clusters(int cluster_ctas, Candidate other) {
+        best_ = std::move(other);
+        // Where nearly every worker has a sequence of its own there is little to share.
+        for (const double share : {1.0, 0.85, 0.7, 0.5}) {
+            const int workers = static_cast<int>(problem_.num_workers * share);
+            if (4 * problem_.workers_unsplit() > 3 * workers) break;
+            for (const bool in_one : {true, false}) {
+                consider(cut_into_clusters(problem_, cost_, cluster_ctas, in_one, workers));
+            }
+        }
+        second_.reset();
+        if (best_->cut.num_mates() > 1) refine_slices();
         return std::move(*best_);
     }
 
@@ -267,6 +285,7 @@ class Search {
         for (const Piece& piece : cut.pieces) {
             digest = (digest ^ static_cast<uint32_t>(piece.sequence)) * kFnvPrime;
             digest = (digest ^ static_cast<uint32_t>(piece.end_tile)) * kFnvPrime;
+            digest = (digest ^ static_cast<uint32_t>(piece.num_mates)) * kFnvPrime;
         }
         if (std::find(seen_.begin(), seen_.end(), digest) != seen_.end()) return false;
         seen_.push_back(digest);
@@ -304,7 +323,27 @@ Candidate plan_fixed(const Problem& problem,
     return evaluate(problem, cost, cut_fixed(problem, split_tiles), slices);
 }
 
-Candidate choose(const Problem& problem, const CostModel& cost, Policy policy, int split_tiles) {
+// Clusters may have fewer workers than there are.
+Candidate search(const Batch& batch,
+                 const Problem& problem,
+                 const CostModel& cost,
+                 const std::vector<Clusters>& clusters) {
+    Candidate best = Search(problem, cost).run();
+    for (const Clusters& each : clusters) {
+        const int workers = std::min(each.count, problem.num_workers / each.ctas) * each.ctas;
+        if (workers == 0) continue;
+        const Problem clustered = make_problem(batch, workers);
+        best = Search(clustered, cost).run_clusters(each.ctas, std::move(best));
+    }
+    return best;
+}
+
+Candidate choose(const Batch& batch,
+                 const Problem& problem,
+                 const CostModel& cost,
+                 Policy policy,
+                 int split_tiles,
+                 const std::vector<Clusters>& clusters) {
     switch (policy) {
         case Policy::kBackward:
             return evaluate(problem, cost, cut_backward(problem, cost), {SliceRule::kWhole, 0});
@@ -318,7 +357,7 @@ Candidate choose(const Problem& problem, const CostModel& cost, Policy policy, i
                               split_tiles == 0 ? kInvariantTiles : split_tiles,
                               {SliceRule::kBatchInvariant, 0});
         case Policy::kBalanced:
-            if (!problem.sequences.empty()) return Search(problem, cost).run();
+            if (!problem.sequences.empty()) return search(batch, problem, cost, clusters);
     }
     return evaluate(problem, cost, cut_unsplit(problem), {});
 }
@@ -334,25 +373,38 @@ Policy parse_policy(const std::string& name) {
     throw std::invalid_argument("policy: expected " + names + "got '" + name + "'");
 }
 
-Plan plan(
-    const Batch& batch, int num_workers, const CostModel& cost, Policy policy, int split_tiles) {
+Plan plan(const Batch& batch,
+          int num_workers,
+          const CostModel& cost,
+          Policy policy,
+          int split_tiles,
+          const std::vector<Clusters>& clusters) {
     check_batch(batch);
     check_range("num_workers", num_workers, 1, kMaxWorkers);
     check_cost_model(cost);
     check_size(batch);
 
+    for (const Clusters& each : clusters) {
+        const bool is_power = each.ctas > 0 && (each.ctas & (each.ctas - 1)) == 0;
+        require(is_power && 2 <= each.ctas && each.ctas <= kMaxMates,
+                "clusters: expected 2, 4 or 8 workers each, got " + std::to_string(each.ctas));
+        check_range("clusters", each.count, 0, kMaxWorkers);
+    }
+
     Plan result;
-    result.num_workers = num_workers;
     const Problem problem = make_problem(batch, num_workers);
-    const Candidate chosen = choose(problem, cost, policy, split_tiles);
+    const Candidate chosen = choose(batch, problem, cost, policy, split_tiles, clusters);
+    result.num_workers = chosen.num_workers;
     const std::vector<int32_t>& order = chosen.order;
     const Timeline& timeline = chosen.timeline;
     result.num_slots = serialise(chosen.graph, order, batch.num_heads, result.words);
     result.predicted_us = timeline.makespan_us;
     for (const int32_t task : order) {
-        result.worker.push_back(timeline.worker[task]);
-        result.start_us.push_back(timeline.start_us[task]);
-        result.end_us.push_back(timeline.end_us[task]);
+        for (int mate = 0; mate < chosen.graph.tasks[task].num_mates; ++mate) {
+            result.worker.push_back(timeline.worker[task] + mate);
+            result.start_us.push_back(timeline.start_us[task]);
+            result.end_us.push_back(timeline.end_us[task]);
+        }
     }
     return result;
 }

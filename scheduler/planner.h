@@ -53,9 +53,20 @@ struct Plan {
     int num_instructions() const { return static_cast<int>(words.size()) / kInstructionWords; }
 };
 
+// Clusters of so many workers, powers of two from 2 to kMaxMates, of which so many run at a time.
+struct Clusters {
+    int ctas;
+    int count;
+};
+
+// Policy::kBalanced may share partials within `clusters`, and then use fewer workers.
 // `split_tiles` is for Policy::kFixed, which needs it, and for Policy::kBatchInvariant, which
 // takes 0 for kInvariantTiles. Throws std::invalid_argument naming the argument.
-Plan plan(
-    const Batch& batch, int num_workers, const CostModel& cost, Policy policy, int split_tiles);
+Plan plan(const Batch& batch,
+          int num_workers,
+          const CostModel& cost,
+          Policy policy,
+          int split_tiles,
+          const std::vector<Clusters>& clusters);
 
 }  // namespace mla

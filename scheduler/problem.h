@@ -40,6 +40,7 @@ struct Problem {
     int longest() const;  // tiles of the longest sequence; 0 without sequences
     // One piece per sequence: gangs that they would keep busy.
     int64_t gangs_unsplit() const;
+    int64_t workers_unsplit() const { return gangs_unsplit() * gang_size; }
 };
 
 // Flat tokens that one fill may cover: short enough to go anywhere.

@@ -12,11 +12,22 @@ namespace mla {
 
 namespace {
 
-void write_partial(const Task& task, int32_t dst_batch, int32_t* words) {
+// Of mates, each has nearly as many tiles as any other.
+int32_t first_position(const Task& task, int mate) {
+    const int64_t tiles = (int64_t{task.end} - task.start + kKvTile - 1) / kKvTile;
+    const int64_t tile = tiles * mate / task.num_mates;
+    return static_cast<int32_t>(std::min<int64_t>(task.end, task.start + tile * kKvTile));
+}
+
+void write_partial(const Task& task, int mate, int32_t dst_batch, int32_t* words) {
     words[PartialWords::kDstBatch] = dst_batch;
     words[PartialWords::kQBatch] = task.sequence;
-    words[PartialWords::kStart] = task.start;
-    words[PartialWords::kEnd] = task.end;
+    words[PartialWords::kStart] = first_position(task, mate);
+    words[PartialWords::kEnd] = first_position(task, mate + 1);
+    if (task.num_mates > 1) {
+        words[PartialWords::kNumMates] = task.num_mates;
+        words[PartialWords::kMate] = mate;
+    }
     words[PartialWords::kLength] = task.length;
     words[PartialWords::kRowBegin] = task.row_begin;
     words[PartialWords::kNumRows] = task.num_rows;
@@ -83,6 +94,16 @@ class Parser {
                 break;
             default:
                 fail("unknown opcode " + std::to_string(words[kWordOpcode]) + " (rule: opcode)");
+        }
+        // Mates are one task, the first one's.
+        if (task.opcode == Opcode::kMlaPartial && words[PartialWords::kMate] > 0) {
+            if (graph_.tasks.empty() || graph_.tasks.back().opcode != task.opcode) {
+                fail("mate " + std::to_string(words[PartialWords::kMate]) +
+                     " does not follow the first one (rule: mates)");
+            }
+            ++graph_.tasks.back().num_mates;
+            graph_.tasks.back().end = task.end;
+            return true;
         }
         if (task.opcode != Opcode::kNoop) {
             task_of_uid_[words[kWordUid]] = static_cast<int32_t>(graph_.tasks.size());
@@ -218,17 +239,23 @@ int serialise(const TaskGraph& graph,
         if (graph.tasks[index].to_output) uids[index] = next_other++;
     }
 
-    words.assign(order.size() * kInstructionWords, 0);
-    for (size_t i = 0; i < order.size(); ++i) {
-        const Task& task = graph.tasks[order[i]];
-        const int32_t uid = uids[order[i]];
+    words.assign(num_instructions(graph) * kInstructionWords, 0);
+    int32_t* instruction = words.data();
+    for (const int32_t index : order) {
+        const Task& task = graph.tasks[index];
+        const int32_t uid = uids[index];
         const int32_t dst_batch = task.to_output ? task.sequence : -uid - 1;
-        int32_t* instruction = words.data() + i * kInstructionWords;
+        if (task.opcode == Opcode::kMlaPartial) {
+            for (int mate = 0; mate < task.num_mates; ++mate, instruction += kInstructionWords) {
+                instruction[kWordOpcode] = static_cast<int32_t>(task.opcode);
+                instruction[kWordUid] = mate == 0 ? uid : next_other++;
+                write_partial(task, mate, dst_batch, instruction);
+            }
+            continue;
+        }
         instruction[kWordOpcode] = static_cast<int32_t>(task.opcode);
         instruction[kWordUid] = uid;
-        if (task.opcode == Opcode::kMlaPartial) {
-            write_partial(task, dst_batch, instruction);
-        } else if (task.opcode == Opcode::kMlaFill) {
+        if (task.opcode == Opcode::kMlaFill) {
             instruction[FillWords::kTokenBegin] = task.token_begin;
             instruction[FillWords::kTokenEnd] = task.token_end;
         } else if (graph.merges[task.merge].step > 0) {
@@ -236,6 +263,7 @@ int serialise(const TaskGraph& graph,
         } else {
             write_list(task, dst_batch, graph, num_heads, uids, instruction);
         }
+        instruction += kInstructionWords;
     }
     return num_slots;
 }

@@ -4,6 +4,7 @@
 #include <functional>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "scheduler/task_cost.h"
 
@@ -79,11 +80,11 @@ class Simulation {
           cost_(cost),
           partials_(partials),
           least_tiles_(tiles_at_once(graph)),
-          workers_(std::min<size_t>(num_workers, order.size())),
+          workers_(std::min<size_t>(num_workers, num_instructions(graph))),
           sleepers_(graph.tasks.size()),
           waits_(graph.merges.size()),
           first_streams_(workers_.size()),
-          next_streams_(order.size() - workers_.size()),
+          next_streams_(order.size()),
           streaming_(workers_.size()),
           ending_(workers_.size()) {
         timeline_.worker.assign(graph.tasks.size(), kNone);
@@ -93,9 +94,7 @@ class Simulation {
 
     Timeline run() {
         now_ = cost_.launch_us;
-        for (size_t worker = 0; worker < workers_.size(); ++worker) {
-            take_ticket(static_cast<int32_t>(worker));
-        }
+        for (size_t first = 0; first < workers_.size();) first += begin_side_by_side(first);
         while (advance()) {
         }
         timeline_.makespan_us = order_.empty() ? 0.0 : now_;
@@ -108,6 +107,7 @@ class Simulation {
     struct Worker {
         int32_t task = kNone;
         bool follows = false;  // has run an instruction before this one
+        int num_mates = 1;     // workers side by side that share the task, this one first
     };
 
     // The reductions of a merge that have a worker wait together; the merge sleeps on one
@@ -144,20 +144,37 @@ class Simulation {
         now_ = at_us;
         if (at_us == stream_end_us) {
             const int32_t worker = streaming_.pop().worker;
-            --num_streams_;
-            num_different_streams_ -= 1.0 / task_of(worker).kv_sharing;
-            if (num_streams_ == 0) num_different_streams_ = 0.0;  // rid of rounding errors
+            count_streams(task_of(worker), -1);
             ending_.push({now_ + partial_store_us(task_of(worker), cost_), worker});
         } else if (at_us == begin_us) {
             const int32_t worker = begins.pop().worker;
-            ++num_streams_;
-            num_different_streams_ += 1.0 / task_of(worker).kv_sharing;
-            const double tiles = std::max(num_kv_tiles(task_of(worker)), least_tiles_);
+            count_streams(task_of(worker), 1);
+            const double tiles = std::max(num_tiles_of_mate(task_of(worker)), least_tiles_);
             streaming_.push({tiles_done_ + tiles, worker});
         } else {
             finish(ending_.pop().worker);
         }
         return true;
+    }
+
+    void count_streams(const Task& partial, int sign) {
+        num_streams_ += sign * partial.num_mates;
+        num_different_streams_ +=
+            static_cast<double>(sign * partial.num_mates) / partial.kv_sharing;
+        if (num_streams_ == 0) num_different_streams_ = 0.0;  // rid of rounding errors
+    }
+
+    // The first instructions: mates have workers side by side. Returns how many.
+    int begin_side_by_side(size_t first) {
+        take_ticket(static_cast<int32_t>(first));
+        Worker& worker = workers_[first];
+        if (worker.task == kNone) return 1;
+        worker.num_mates = static_cast<int>(
+            std::min<size_t>(graph_.tasks[worker.task].num_mates, workers_.size() - first));
+        for (int mate = 1; mate < worker.num_mates; ++mate) {
+            workers_[first + mate].task = worker.task;
+        }
+        return worker.num_mates;
     }
 
     const Task& task_of(int32_t worker) const { return graph_.tasks[workers_[worker].task]; }
@@ -239,7 +256,8 @@ class Simulation {
             wake(merge);
             merge = next;
         }
-        take_ticket(index);
+        const int num_mates = std::exchange(workers_[index].num_mates, 1);
+        for (int mate = 0; mate < num_mates; ++mate) take_ticket(index + mate);
     }
 
     void wake(int32_t merge) {

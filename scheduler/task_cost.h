@@ -18,10 +18,21 @@ inline double partial_lead_us(bool follows, const CostModel& cost) {
     return follows ? cost.partial_next_us : cost.partial_fixed_us;
 }
 
+// Of the mate that has most of them.
+inline double num_tiles_of_mate(const Task& partial) {
+    return std::ceil(num_kv_tiles(partial) / partial.num_mates);
+}
+
 // After the last tile.
 inline double partial_store_us(const Task& partial, const CostModel& cost) {
     const double bytes_per_row = kLatentDim * (partial.to_output ? 2.0 : 4.0);
-    return cost.partial_store_kib_us * partial.num_rows * bytes_per_row / kBytesPerKib;
+    const double share = 1.0 / partial.num_mates;
+    const double store_us =
+        cost.partial_store_kib_us * partial.num_rows * bytes_per_row / kBytesPerKib;
+    if (partial.num_mates == 1) return store_us;
+    // Every mate sends the others their columns, as floats.
+    const double sent_kib = partial.num_rows * kLatentDim * 4.0 * (1.0 - share) / kBytesPerKib;
+    return cost.mates_fixed_us + cost.mates_kib_us * sent_kib + store_us * share;
 }
 
 // Once its inputs are visible. `follows`: its worker ran an instruction before, and the

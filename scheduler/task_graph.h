@@ -1,6 +1,7 @@
 // Instructions before they have words: what each does and what it waits for.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -24,6 +25,7 @@ struct Task {
     int32_t end = 0;
     int32_t length = 0;      // of the sequence
     int32_t kv_sharing = 1;  // row groups of the sequence: partials that read the same KV
+    int32_t num_mates = 1;   // workers of a cluster that share it, each with an instruction
 
     // Reduction: a slice of columns, and what is merged.
     int32_t col_begin = 0;
@@ -53,5 +55,12 @@ struct TaskGraph {
     }
     int num_inputs(const Task& reduction) const { return merges[reduction.merge].num_inputs; }
 };
+
+// One for each task, but for mates.
+inline size_t num_instructions(const TaskGraph& graph) {
+    size_t count = 0;
+    for (const Task& task : graph.tasks) count += task.num_mates;
+    return count;
+}
 
 }  // namespace mla

@@ -69,6 +69,7 @@ class Validator {
             check(!ended || opcode == Opcode::kEndOfQueue,
                   rules::kEndOfQueue,
                   "runs behind the end of the queue");
+            check_place_among_mates(opcode);
             switch (opcode) {
                 case Opcode::kEndOfQueue:
                     ended = true;
@@ -92,6 +93,7 @@ class Validator {
                         false, rules::kOpcode, "unknown opcode " + to_string(words_[kWordOpcode]));
             }
         }
+        if (next_mate_ > 0) fail(rules::kMates, "the queue ends before " + next_mate_name());
         check_all_read();
         check_all_filled();
         for (int sequence = 0; sequence < batch_.num_sequences(); ++sequence) {
@@ -138,8 +140,61 @@ class Validator {
         }
     }
 
+    // What is not shared counts as mate 0 of 0.
+    void check_place_among_mates(Opcode opcode) {
+        const bool is_partial = opcode == Opcode::kMlaPartial;
+        const int32_t num_mates = is_partial ? words_[PartialWords::kNumMates] : 0;
+        const int32_t mate = is_partial ? words_[PartialWords::kMate] : 0;
+        check(num_mates == 0 || num_mates == 2 || num_mates == 4 || num_mates == kMaxMates,
+              rules::kMates,
+              [&] { return "num_mates is " + to_string(num_mates) + ", expected 0, 2, 4 or 8"; });
+        if (next_mate_ > 0) {
+            check(mate == next_mate_ && num_mates == num_mates_, rules::kMates, [&] {
+                return "stands in the place of " + next_mate_name();
+            });
+            check_agrees_with_mate_before();
+        } else {
+            check(mate == 0, rules::kMates, [&] {
+                return "mate is " + to_string(mate) + ", expected 0";
+            });
+            check(num_mates <= num_mates_, rules::kMatesFirst, [&] {
+                return to_string(num_mates) + " mates stand behind " +
+                       (num_mates_ == 0 ? "what is not shared" : to_string(num_mates_));
+            });
+        }
+        num_mates_ = num_mates;
+        next_mate_ = mate + 1 < num_mates ? mate + 1 : 0;
+    }
+
+    void check_agrees_with_mate_before() const {
+        struct Field {
+            int word;
+            const char* name;
+        };
+        constexpr Field kShared[] = {{PartialWords::kDstBatch, "dst_batch"},
+                                     {PartialWords::kDstSeq, "dst_seq"},
+                                     {PartialWords::kQBatch, "q_batch"},
+                                     {PartialWords::kQSeq, "q_seq"},
+                                     {PartialWords::kLength, "length"},
+                                     {PartialWords::kRowBegin, "row_begin"},
+                                     {PartialWords::kNumRows, "num_rows"}};
+        const int32_t* before = words_ - kInstructionWords;
+        for (const Field& field : kShared) {
+            check(words_[field.word] == before[field.word], rules::kMates, [&] {
+                return std::string(field.name) + " " + to_string(words_[field.word]) +
+                       " is not the " + to_string(before[field.word]) + " of the mate before";
+            });
+        }
+        const int32_t start = words_[PartialWords::kStart];
+        const int32_t end_before = before[PartialWords::kEnd];
+        check(start == end_before, rules::kMates, [&] {
+            return "starts at " + to_string(start) + ", the mate before ends at " +
+                   to_string(end_before);
+        });
+    }
+
     void check_partial() {
-        check_reserved(PartialWords::kNumRows + 1);
+        check_reserved(PartialWords::kMate + 1);
         const int32_t sequence = words_[PartialWords::kQBatch];
         check_in(rules::kRequest, "q_batch", sequence, 0, batch_.num_sequences());
 
@@ -184,7 +239,14 @@ class Validator {
               });
 
         const Region region{sequence, first_row, first_row + group_rows, kAllColumns};
-        write(words_[PartialWords::kDstBatch], region);
+        const int32_t dst_batch = words_[PartialWords::kDstBatch];
+        if (words_[PartialWords::kMate] == 0) {
+            write(dst_batch, region);
+        } else {
+            check(dst_batch >= 0 || uid() >= num_slots_,
+                  rules::kSlot,
+                  "the uid is a scratch slot, which only mate 0 may have");
+        }
         rectangles_[sequence].push_back({region.row_begin, region.row_end, start, end, uid()});
     }
 
@@ -462,6 +524,10 @@ class Validator {
         return "token " + to_string(row / num_heads_) + " head " + to_string(row % num_heads_);
     }
 
+    std::string next_mate_name() const {
+        return "mate " + to_string(next_mate_) + " of " + to_string(num_mates_);
+    }
+
     int32_t uid() const { return words_[kWordUid]; }
     int64_t num_rows(int sequence) const {
         return int64_t{batch_.new_tokens[sequence]} * num_heads_;
@@ -474,6 +540,9 @@ class Validator {
 
     int64_t index_ = 0;  // the instruction in hand
     const int32_t* words_ = nullptr;
+
+    int32_t num_mates_ = kMaxMates;  // of the instruction before
+    int32_t next_mate_ = 0;          // > 0: this mate of them must come next
 
     std::unordered_set<int32_t> uids_;
     std::unordered_map<int32_t, Slot> slots_;

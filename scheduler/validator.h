@@ -28,6 +28,8 @@ inline constexpr Rule kRowGroup{"row-group", "rows begin at a row group, or lie 
 inline constexpr Rule kLength{"length", "the length is the sequence's"};
 inline constexpr Rule kKvRange{"kv-range", "0 <= start < end <= length"};
 inline constexpr Rule kKvAlignment{"kv-alignment", "pieces are cut at whole tiles"};
+inline constexpr Rule kMates{"mates", "mates are complete, in order, and share all but the keys"};
+inline constexpr Rule kMatesFirst{"mates-first", "mates begin the queue, larger groups first"};
 inline constexpr Rule kDestination{"destination", "the output is that of the inputs' sequence"};
 inline constexpr Rule kInputCount{"input-count", "a list has 1 to 27 inputs, a run 1 to 65536"};
 inline constexpr Rule kRun{"run", "a run steps up, and counts its rows up from the first"};
@@ -47,13 +49,14 @@ inline constexpr Rule kUncovered{"uncovered", "every (row, position) is attended
 }  // namespace rules
 
 inline constexpr Rule kRules[] = {
-    rules::kBatch,       rules::kOpcode,      rules::kEndOfQueue,   rules::kReserved,
-    rules::kUid,         rules::kSlot,        rules::kRequest,      rules::kToken,
-    rules::kRows,        rules::kRowGroup,    rules::kLength,       rules::kKvRange,
-    rules::kKvAlignment, rules::kDestination, rules::kInputCount,   rules::kRun,
-    rules::kSlice,       rules::kInput,       rules::kOrder,        rules::kInputRequest,
-    rules::kInputRows,   rules::kFill,        rules::kReadOnce,     rules::kOutputOnce,
-    rules::kUnread,      rules::kUnfilled,    rules::kCoveredTwice, rules::kUncovered,
+    rules::kBatch,        rules::kOpcode,       rules::kEndOfQueue, rules::kReserved,
+    rules::kUid,          rules::kSlot,         rules::kRequest,    rules::kToken,
+    rules::kRows,         rules::kRowGroup,     rules::kLength,     rules::kKvRange,
+    rules::kKvAlignment,  rules::kMates,        rules::kMatesFirst, rules::kDestination,
+    rules::kInputCount,   rules::kRun,          rules::kSlice,      rules::kInput,
+    rules::kOrder,        rules::kInputRequest, rules::kInputRows,  rules::kFill,
+    rules::kReadOnce,     rules::kOutputOnce,   rules::kUnread,     rules::kUnfilled,
+    rules::kCoveredTwice, rules::kUncovered,
 };
 
 struct Queue {
@@ -71,6 +74,11 @@ struct Queue {
 // its own. So the output is right if and only if the partials cover every (row, position)
 // once, and the fills every token without keys. Time and memory grow with the number of
 // instructions and of the inputs that they read (times log), whatever their words say.
+//
+// Mates write once, what all of them compute: only mate 0 counts as a writer. They wait for each
+// other, so each must be the first instruction of a CTA, and all of them in one cluster. As larger
+// groups come first, a group of k begins at a multiple of k. That the launch has as many CTAs as
+// the queue has mates is for the launch to check.
 //
 // `capacity`: sequences that the tensors hold, at least batch.num_sequences(). The batch is
 // checked by check_batch().

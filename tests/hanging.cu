@@ -99,7 +99,7 @@ void run(uintptr_t instructions,
     g.megakernel.timeout_us = timeout_us;
     g.finished = reinterpret_cast<int32_t*>(finished);
     mk::launch<Config, mk::OpcodeList<Hang>>(
-        g, num_ctas, device, reinterpret_cast<cudaStream_t>(stream));
+        g, mk::Grid{num_ctas}, device, reinterpret_cast<cudaStream_t>(stream));
 }
 
 // None, or what a launch on this device reported since the last call.

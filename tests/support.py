@@ -9,10 +9,19 @@ from typing import Any
 import mla_decode
 import numpy as np
 import torch
-from mla_decode import raw
+from mla_decode import native, raw
 from mla_decode.arguments import KernelArguments
 from mla_decode.reference import Case, Errors, attention, compare
-from mla_decode.words import KV_TILE, MAX_ROWS, Fill, Instruction, Partial, Reduction, Words
+from mla_decode.words import (
+    KV_TILE,
+    MAX_ROWS,
+    OPCODE_MLA_PARTIAL,
+    Fill,
+    Instruction,
+    Partial,
+    Reduction,
+    Words,
+)
 
 # CPU cases are small; on a busy machine threads that wait for each other cost ten times as much.
 torch.set_num_threads(1)
@@ -116,10 +125,14 @@ class Launch:
 
     def run(self, **options: Any) -> None:
         """Launch by `mla_decode.mla_decode`, or as `decode` does with several KV heads."""
+        words = self.tensors["instructions"]
+        mates = words[words[:, 0] == OPCODE_MLA_PARTIAL][:, 11]
+        size = max(1, int(mates.max())) if len(mates) else 1
         if self.case.h_kv == 1:
-            mla_decode.mla_decode(**self.tensors, **options)
+            mla_decode.mla_decode(**self.tensors, **{"cluster_ctas": size, **options})
         else:
-            raw.run_checked(self.arguments(), None, 0, raw.DEFAULT_SPIN_TIMEOUT_NS, **options)
+            grid = native.Grid(cluster_ctas=size)
+            raw.run_checked(self.arguments(), None, grid, raw.DEFAULT_SPIN_TIMEOUT_NS, **options)
 
     def arguments(self) -> KernelArguments:
         """For `mla_decode.interpreter.run`."""

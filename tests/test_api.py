@@ -619,6 +619,7 @@ def fake_kernels(monkeypatch: pytest.MonkeyPatch) -> type[FakeLayout]:
     )
     monkeypatch.setattr(native, "_kernels", fake, raising=False)
     monkeypatch.setattr(native, "_layouts", {})
+    monkeypatch.setattr(native, "max_clusters", lambda size, device: 132 // size)
     monkeypatch.setattr(FakeLayout, "made", [])
     return FakeLayout
 
@@ -627,7 +628,7 @@ def test_launch_hands_every_tensor_to_its_parameter(fake_kernels: type[FakeLayou
     case = make_case([700, 3], 8, 2, 32, combined=False)
     launch = Launch.of_plan(case, mla_decode.plan([700, 3], 8, 2))
     arguments = launch.arguments()
-    native.launch(arguments, 11, 12, 13, 14)
+    native.launch(arguments, 11, native.Grid(12, 4), 13, 14)
     (layout,) = fake_kernels.made
     (seen,) = layout.launches
     fields = [f for f in seen if isinstance(getattr(arguments, f, 0), torch.Tensor)]
@@ -637,6 +638,7 @@ def test_launch_hands_every_tensor_to_its_parameter(fake_kernels: type[FakeLayou
     assert seen["kv_indptr"] == seen["cu_seqlens_q"] == seen["attn_sink"] == 0
     assert (seen["num_instructions"], seen["tic"]) == (len(launch.instructions), 0)
     assert (seen["stream"], seen["num_ctas"], seen["spin_timeout_ns"]) == (11, 12, 13)
+    assert seen["cluster_ctas"] == 4
     blocks = case.latent.shape[0]
     assert layout.options == {
         "fp16": False,
@@ -660,7 +662,7 @@ def test_launch_hands_every_tensor_to_its_parameter(fake_kernels: type[FakeLayou
         "lse_empty": math.inf,
         "device": 14,
     }
-    native.launch(arguments, 11, 12, 13, 14)
+    native.launch(arguments, 11, native.Grid(12), 13, 14)
     assert len(fake_kernels.made) == 1
 
 
@@ -766,6 +768,7 @@ def test_an_eager_call_costs_the_host_little(monkeypatch: pytest.MonkeyPatch) ->
     bound = types.SimpleNamespace(enqueue=lambda *values: None)
     fake = types.SimpleNamespace(BoundDecode=lambda *values, **options: bound)
     monkeypatch.setattr(native, "_kernels", fake, raising=False)
+    monkeypatch.setattr(native, "max_clusters", lambda size, device: 132 // size)
     as_if_on_a_gpu(known, plan, object())
     best = min(timeit.repeat(call, number=200, repeat=20)) / 200 * 1e6
     print(f"eager call without its launch: {best:.1f} us")
@@ -836,6 +839,9 @@ def one_element_further(tensor: torch.Tensor) -> torch.Tensor:
     return storage[1 : 1 + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
+GRID = native.Grid(120, 8)
+
+
 def test_device_queue_is_checked_once_per_version_and_sizes(
     monkeypatch: pytest.MonkeyPatch, plan: mla_decode.Plan
 ) -> None:
@@ -845,13 +851,14 @@ def test_device_queue_is_checked_once_per_version_and_sizes(
     arguments = Launch.of_plan(make_case([700, 1, 3000], 16, 2), plan).arguments()
     queue = arguments.instructions
     for _ in range(3):
-        raw._check_device_queue(arguments)
+        raw._check_device_queue(arguments, GRID)
     assert len(checked) == 1
     queue[0, 0] = 0  # another version
-    raw._check_device_queue(arguments)
-    raw._check_device_queue(replace(arguments, o_scratch=arguments.o_scratch[:1]))
-    raw._check_device_queue(replace(arguments, instructions=queue.clone()))
-    assert len(checked) == 4
+    raw._check_device_queue(arguments, GRID)
+    raw._check_device_queue(replace(arguments, o_scratch=arguments.o_scratch[:1]), GRID)
+    raw._check_device_queue(replace(arguments, instructions=queue.clone()), GRID)
+    raw._check_device_queue(replace(arguments, instructions=queue), native.Grid(120, 2))
+    assert len(checked) == 5
 
 
 def test_device_queue_cannot_be_checked_during_capture(
@@ -860,7 +867,7 @@ def test_device_queue_cannot_be_checked_during_capture(
     arguments = Launch.of_plan(make_case([700, 1, 3000], 16, 2), plan).arguments()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(UnsupportedError, match="check_queue=False"):
-        raw._check_device_queue(arguments)
+        raw._check_device_queue(arguments, GRID)
 
 
 # Workspaces

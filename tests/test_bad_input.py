@@ -658,7 +658,7 @@ def test_queue_on_a_gpu_is_checked_once_per_tensors_and_versions(
 
     def times() -> int:
         before = len(checked)
-        assert raw._check_device_queue(launch.arguments()) == 3
+        assert raw._check_device_queue(launch.arguments(), native.Grid(132)) == 3
         return len(checked) - before
 
     assert (times(), times()) == (1, 0)

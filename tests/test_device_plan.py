@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from mla_decode import _scheduler, cost
+from mla_decode.device_plan import choose_clusters
+from mla_decode.planning import DEFAULT_CLUSTERS
 
 from benchmarks.shapes import SHAPES, random_shapes
 
@@ -19,6 +21,7 @@ UNTOUCHED = 0x55555555
 # Columns of instructions, by instructions/layout.h.
 UID, DST_OF_PARTIAL, SEQUENCE_OF_PARTIAL = 1, 2, 4
 DST_OF_REDUCTION, FIRST_INPUT = 3, 5
+START, END, ROW_BEGIN, NUM_MATES, MATE = 6, 7, 9, 11, 12
 
 Words = npt.NDArray[np.int32]
 
@@ -35,6 +38,7 @@ class Batch:
     max_seq_len: int | None = None
     split_tiles: int = 0
     workers: int = NUM_WORKERS
+    cluster_ctas: int = 1
 
     @property
     def s_q(self) -> int:
@@ -86,6 +90,7 @@ def planned(batch: Batch) -> Planned:
     _scheduler.device_plan(
         seq_lens=np.array(batch.lens, np.int32),
         cu_seqlens_q=offsets,
+        cluster_ctas=batch.cluster_ctas,
         cost=CONSTANTS,
         instructions=words,
         header=header,
@@ -139,6 +144,8 @@ def random_batch(rng: np.random.Generator) -> Batch:
     split_tiles = int(rng.choice([0, 0, 1, 16]))
     # Pieces of a fixed length are as many as a batch has tiles.
     longest = int(2 ** rng.uniform(0, 10 if split_tiles else 20))
+    cluster_ctas = int(rng.choice([1, 1, 2, 4, 8]))
+    workers = int(rng.choice([NUM_WORKERS, NUM_WORKERS, 1, 7, 264]))
     heads = int(rng.choice([1, 3, 8, 16, 16, 63, 64, 65, 126, 128, rng.integers(1, 129)]))
     most = 1 if many else int(rng.choice([1, 1, 2, 4, 16]))
     tokens: int | list[int] = most
@@ -154,7 +161,8 @@ def random_batch(rng: np.random.Generator) -> Batch:
         padding=padding,
         max_seq_len=longest,
         split_tiles=split_tiles,
-        workers=int(rng.choice([NUM_WORKERS, NUM_WORKERS, 1, 7, 264])),
+        workers=max(1, workers // cluster_ctas) * cluster_ctas,
+        cluster_ctas=cluster_ctas,
     )
 
 
@@ -168,17 +176,114 @@ def test_random_batches_are_planned_validly_and_within_the_capacity(seed: int) -
             validate(batch, plan)
         except _scheduler.ScheduleError as error:
             raise AssertionError(batch) from error
+        require_mates(batch, plan)
         assert plan.header[2] == 0
 
 
-def test_plans_are_within_a_tenth_of_the_host_planners() -> None:
+def require_mates(batch: Batch, plan: Planned) -> None:
+    """Every mate has a worker to itself, a row group's are in one cluster, and none reduces."""
+    partials = plan.words[plan.words[:, 0] == 1]
+    counts, mates = partials[:, NUM_MATES], partials[:, MATE]
+    if not counts.any():
+        return
+    assert batch.cluster_ctas > 1
+    assert batch.split_tiles == 0
+    assert len(partials) <= batch.workers
+    assert plan.num_slots == 0
+    assert set(counts.tolist()) <= {0, 2, 4, 8}
+    assert counts.max() <= batch.cluster_ctas
+    places = np.arange(len(partials))
+    np.testing.assert_array_equal(plan.words[places], partials)
+    np.testing.assert_array_equal(mates, places % np.maximum(counts, 1))
+    assert (np.diff(counts) <= 0).all()
+
+
+def test_mates_take_what_they_gain_from() -> None:
+    """The longest need all of a cluster, one half as long half of it, the shortest none."""
+    batch = Batch([64, 16 * 64, 7 * 64 + 1, 0, 16 * 64], 2, 64, workers=120, cluster_ctas=8)
+    plan = planned(batch)
+    validate(batch, plan)
+    require_mates(batch, plan)
+    found = plan.words[plan.words[:, 0] == 1]
+    names = [UID, SEQUENCE_OF_PARTIAL, START, END, ROW_BEGIN, NUM_MATES, MATE]
+    expected = [
+        [uid, sequence, mate * 128, mate * 128 + 128, group * 64, 8, mate]
+        for sequence, first in ((1, 2), (4, 26))
+        for group in (0, 1)
+        for mate in range(8)
+        for uid in [first + group * 8 + mate]
+    ]
+    expected += [
+        [18 + group * 4 + mate, 2, mate * 128, min(mate * 128 + 128, 449), group * 64, 4, mate]
+        for group in (0, 1)
+        for mate in range(4)
+    ]
+    expected += [[group, 0, 0, 64, group * 64, 0, 0] for group in (0, 1)]
+    assert found[:, names].tolist() == expected
+
+
+@pytest.mark.parametrize("cluster_ctas", (2, 4, 8))
+@pytest.mark.parametrize("heads", (16, 128))
+def test_row_groups_have_no_more_mates_than_they_need(cluster_ctas: int, heads: int) -> None:
+    """With half as many, somebody would have more tiles than the most that a mate has."""
+    rng = np.random.default_rng(cluster_ctas)
+    shared = 0
+    for _ in range(200):
+        longest = 150 * cluster_ctas
+        lens = rng.integers(longest // 2, longest, rng.integers(1, 256 // cluster_ctas)).tolist()
+        batch = Batch(lens, 1, heads, workers=128, cluster_ctas=cluster_ctas)
+        plan = planned(batch)
+        mates = {row[SEQUENCE_OF_PARTIAL]: int(row[NUM_MATES]) for row in plan.words.tolist()}
+        if not any(mates.values()):
+            continue
+        shared += 1
+        tiles = {sequence: -(-lens[sequence] // 64) for sequence in mates}
+        most = max(-(-tiles[s] // max(1, count)) for s, count in mates.items())
+        assert all(count == 0 or -(-tiles[s] * 2 // count) > most for s, count in mates.items())
+    assert shared > 20
+
+
+def test_clusters_change_nothing_where_nobody_shares() -> None:
+    rng = np.random.default_rng(4)
+    counts = {False: 0, True: 0}
+    for _ in range(1000):
+        batch = replace(random_batch(rng), workers=128, cluster_ctas=8)
+        plan = planned(batch)
+        alone = planned(replace(batch, cluster_ctas=1))
+        partials = alone.words[alone.words[:, 0] == 1]
+        assert not partials[:, [NUM_MATES, MATE]].any()
+        is_shared = bool(plan.words[plan.words[:, 0] == 1][:, NUM_MATES].any())
+        counts[is_shared] += 1
+        if not is_shared:
+            np.testing.assert_array_equal(plan.words, alone.words)
+            np.testing.assert_array_equal(plan.header, alone.header)
+    assert min(counts.values()) > 20
+
+
+@pytest.mark.parametrize(("cluster_ctas", "workers"), [(3, 132), (16, 128), (0, 132), (8, 132)])
+def test_clusters_that_no_launch_has_are_refused(cluster_ctas: int, workers: int) -> None:
+    with pytest.raises(ValueError, match="cluster_ctas: expected"):
+        planned(Batch([100], workers=workers, cluster_ctas=cluster_ctas))
+
+
+# As without a GPU; of all sizes; of one only.
+AVAILABLE = (DEFAULT_CLUSTERS, ((2, 66), (4, 30), (8, 15)), ((2, 66),), ())
+
+
+@pytest.mark.parametrize("available", AVAILABLE, ids=str)
+def test_plans_are_within_a_tenth_of_the_host_planners(
+    available: tuple[tuple[int, int], ...],
+) -> None:
     ratios = {}
     for shape in [*SHAPES.values(), *random_shapes(200, seed=7)]:
         lens, tokens = list(shape.seq_lens), shape.new_tokens
         assert isinstance(tokens, int)
-        plan = planned(Batch(lens, tokens, shape.num_heads))
-        makespan_us = _scheduler.simulate(plan.words, shape.num_heads, tokens, NUM_WORKERS, COST)[3]
-        host = _scheduler.plan(lens, shape.num_heads, tokens, NUM_WORKERS, COST)
+        groups = len(lens) * -(-tokens * shape.num_heads // _scheduler.MAX_ROWS)
+        size, workers = choose_clusters(groups, max(lens), NUM_WORKERS, available)
+        plan = planned(Batch(lens, tokens, shape.num_heads, workers=workers, cluster_ctas=size))
+        makespan_us = _scheduler.simulate(plan.words, shape.num_heads, tokens, workers, COST)[3]
+        clusters = [(size, workers // size)] if size > 1 else []
+        host = _scheduler.plan(lens, shape.num_heads, tokens, NUM_WORKERS, COST, clusters=clusters)
         ratios[shape.name] = makespan_us / host.predicted_us
     print(f"mean {np.mean(list(ratios.values())):.4f}, worst {max(ratios.values()):.4f}")
     assert {name: ratio for name, ratio in ratios.items() if ratio > 1.10} == {}

@@ -9,7 +9,7 @@ import mla_decode
 import pytest
 import torch
 from mla_decode import decoding, native
-from mla_decode.device_plan import DevicePlan
+from mla_decode.device_plan import DevicePlan, choose_clusters
 from mla_decode.errors import (
     DeviceError,
     DtypeError,
@@ -80,6 +80,75 @@ def test_plan_is_valid_and_its_result_right(form: str, invariant: bool) -> None:
         seed=3,
     )
     assert same_bits(again[0], out)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "form"),
+    [
+        ([900, 800, 0, 700, 130], FORMS["uniform"]),
+        ([900, 800, 0, 700, 130], FORMS["9 heads of 3 KV heads"]),
+        ([300] * 5, FORMS["128 heads"]),
+        ([700, 700, 0, 600, 1], {"num_heads": 16, "new_tokens": [1, 0, 2, 1, 2]}),
+        ([300, 300, 0, 280, 300] * 2, {"num_heads": 96, "new_tokens": [2, 0, 2, 1, 2] * 2}),
+    ],
+    ids=("uniform", "KV heads", "128 heads", "ragged", "row groups"),
+)
+def test_plan_with_mates_is_valid_and_its_result_right(
+    lengths: list[int], form: dict[str, Any]
+) -> None:
+    case = make_case(lengths, **form, padding_tokens=9 * isinstance(form.get("new_tokens"), list))
+    plan = plan_of(case)
+    host = plan.to_host()
+    host.validate()
+    assert 1 < host.cluster_ctas <= plan.cluster_ctas
+    assert plan.num_workers % plan.cluster_ctas == 0
+    assert host.num_slots == 0
+    out, lse = case.poisoned_outputs()
+    decode_case(case, plan, out=out, lse=lse)
+    assert compare(out, lse, *attention(case)).passed
+    again = mla_decode.interpret(
+        case.q,
+        case.kv_cache,
+        case.block_table,
+        plan=host,
+        softmax_scale=case.softmax_scale,
+        cu_seqlens_q=case.cu_seqlens_q,
+        num_workers=5,
+        seed=3,
+    )
+    assert same_bits(again[0], out)
+    assert plan_of(case, clusters=False).to_host().cluster_ctas == 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "max_seq_len", "workers", "expected"),
+    [
+        (16, 2048, 132, (8, 120)),
+        (17, 2048, 132, (2, 132)),
+        (16, 2049, 132, (2, 132)),
+        (99, 2048, 132, (2, 132)),
+        (100, 2048, 132, (1, 132)),
+        (1, 1 << 20, 131, (2, 130)),
+        (4, 64, 36, (8, 32)),
+        (1, 64, 7, (2, 6)),
+        (1, 64, 1, (1, 1)),
+    ],
+)
+def test_sizes_decide_the_clusters(
+    groups: int, max_seq_len: int, workers: int, expected: tuple[int, int]
+) -> None:
+    assert choose_clusters(groups, max_seq_len, workers, ((2, 66), (8, 15))) == expected
+    assert choose_clusters(groups, max_seq_len, workers, ((8, 0),)) == (1, workers)
+    assert choose_clusters(groups, max_seq_len, workers, ()) == (1, workers)
+
+
+def test_only_balanced_plans_have_clusters() -> None:
+    sizes: dict[str, Any] = {"max_seq_len": 2000, "device": "cpu"}
+    assert DevicePlan(4, 16, **sizes).cluster_ctas == 8
+    assert DevicePlan(4, 16, **sizes).num_workers == 120
+    for options in ({"batch_invariant": True}, {"split_tiles": 3}, {"clusters": False}):
+        plan = DevicePlan(4, 16, **sizes, **options)
+        assert (plan.cluster_ctas, plan.num_workers) == (1, 132)
 
 
 def test_updates_use_the_same_buffers() -> None:
@@ -279,7 +348,8 @@ def test_update_hands_the_planning_kernel_its_arguments(monkeypatch: pytest.Monk
     plan.update(lengths, offsets, 7, kv_indptr=indptr, block_size=64)
     words = (plan.instructions.data_ptr(), plan.capacity, plan.header.data_ptr())
     pointers = (lengths.data_ptr(), offsets.data_ptr(), indptr.data_ptr(), 64)
-    assert seen == [(*pointers, 2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan._cost, *words, 1, 7)]
+    sizes = (2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan.cluster_ctas)
+    assert seen == [(*pointers, *sizes, plan._cost, *words, 1, 7)]
 
 
 def test_calls_with_tables_of_other_widths_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mla_decode
@@ -13,17 +14,19 @@ from mla_decode import interpreter, native, timeline
 from mla_decode.errors import (
     DeviceError,
     MegakernelTimeout,
+    QueueError,
     RangeError,
     ScheduleError,
     UnsupportedError,
 )
 from mla_decode.measure import timing_records
 from mla_decode.reference import Case, attention, compare, make_case
-from mla_decode.words import INSTRUCTION_WORDS, Noop, Partial, Reduction
+from mla_decode.words import INSTRUCTION_WORDS, KV_TILE, Noop, Partial, Reduction
 
 from benchmarks.measure import measure as benchmark
 from benchmarks.shapes import Shape
 from tests.support import Launch, pack, same_bits
+from tests.test_mates import shared
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +115,85 @@ def test_kernel_agrees_with_interpreter_on_a_tree_in_slices() -> None:
     agree(case, Launch.of(case, words, slot), Launch.of(case.to("cpu"), words, slot))
 
 
+# Mates
+
+
+@pytest.mark.parametrize("gangs", (1, 2))
+@pytest.mark.parametrize("count", (2, 4, 8))
+@pytest.mark.parametrize(
+    ("num_heads", "new_tokens", "options"),
+    (
+        (16, 1, {}),
+        (8, 3, {"dtype": torch.float16}),
+        (32, 1, {"block_size": 16}),
+        (16, 1, {"block_size": 1}),
+        (64, 1, {}),
+        (16, 4, {"dtype": torch.float16}),
+        (128, 1, {"block_size": 16}),
+        (40, 2, {"block_size": 1}),
+    ),
+)
+def test_mates_agree_with_the_interpreter(
+    num_heads: int, new_tokens: int, options: dict[str, Any], count: int, gangs: int
+) -> None:
+    """To the output, and to slots that a reduction reads; an uneven number of tiles."""
+    lengths = [2 * count * KV_TILE * gangs + 70, 2 * count * KV_TILE * gangs - 30]
+    case = make_case(lengths, num_heads, new_tokens, device="cuda", **options)
+    queue, num_slots = shared(case, count, gangs)
+    words = pack(*queue)
+    agree(case, Launch.of(case, words, num_slots), Launch.of(case.to("cpu"), words, num_slots))
+
+
+@pytest.mark.parametrize("num_heads", (16, 64))
+def test_plans_with_clusters_replay_bit_identically(num_heads: int) -> None:
+    case = make_case([1024] * 6, num_heads, 1, device="cuda")
+    plan = mla_decode.plan(case.seq_lens, num_heads)
+    assert plan.cluster_ctas > 1
+    launch = Launch.of_plan(case, plan)
+    launch.run()
+    first = launch.o.clone()
+    for _ in range(2000):
+        launch.run()
+    mla_decode.synchronize()
+    assert same_bits(launch.o, first)
+    errors = compare(launch.o, launch.lse, *attention(case))
+    assert errors.passed, errors
+
+
+def test_mates_need_their_cluster() -> None:
+    case = make_case([1024] * 6, 16, 1, device="cuda")
+    plan = mla_decode.plan(case.seq_lens, 16)
+    launch = Launch.of_plan(case, plan)
+    with pytest.raises(QueueError, match=r"num_mates.*at most 1 \(cluster_ctas\)"):
+        launch.run(cluster_ctas=1)
+    with pytest.raises(QueueError, match="mates among the first 8"):
+        launch.run(num_ctas=8)
+    with pytest.raises(RangeError, match="num_ctas: expected a multiple of cluster_ctas"):
+        launch.run(num_ctas=17)
+    with pytest.raises(RangeError, match="cluster_ctas: expected one of"):
+        launch.run(cluster_ctas=3)
+    too_many = replace(plan, num_workers=10_000)
+    with pytest.raises(UnsupportedError, match="plan: expected one for at most"):
+        decode(case, plan=too_many)
+
+
+def test_a_mate_that_never_comes_ends_in_a_timeout() -> None:
+    """Unchecked words: the others wait for it, until the watchdog ends the launch."""
+    case = make_case([2048], 16, 1, device="cuda")
+    queue, num_slots = shared(case, 8)
+    words = pack(*queue)
+    words[3] = pack(Noop(7))[0]
+    launch = Launch.of(case, words, num_slots)
+    launch.run(cluster_ctas=8, check_queue=False, spin_timeout_ns=SHORT_TIMEOUT_NS)
+    with pytest.raises(MegakernelTimeout, match="other CTAs of the cluster"):
+        mla_decode.synchronize()
+    whole = Launch.of(case, pack(*queue), num_slots)
+    whole.run()
+    mla_decode.synchronize()
+    errors = compare(whole.o, whole.lse, *attention(case))
+    assert errors.passed, errors
+
+
 # Launches
 
 
@@ -120,7 +202,7 @@ def test_any_number_of_ctas_gives_the_same_bits(num_ctas: int) -> None:
     if num_ctas > native.num_sms(torch.device("cuda")):
         pytest.skip("fewer SMs")
     case = make_case([3000, 70], 16, 2, device="cuda")
-    plan = mla_decode.plan(case.seq_lens, 16, 2)
+    plan = mla_decode.plan(case.seq_lens, 16, 2, clusters=False)
     all_sms, few = Launch.of_plan(case, plan), Launch.of_plan(case, plan)
     all_sms.run()
     few.run(num_ctas=num_ctas)

@@ -267,8 +267,154 @@ VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
 ]
 
 
+# Positions in the queue of valid_mates().
+FOUR, TWO, ALONE, MERGE = 0, 4, 6, 7
+
+
+def shared(queue: list[list[int]]) -> list[list[int]]:
+    """Make mates of partials."""
+    return [[*words[:11], len(queue), mate, *words[13:]] for mate, words in enumerate(queue)]
+
+
+def valid_mates() -> Words:
+    """Four mates that write slot 0, and two that write the output, one of them with the uid of a
+    slot; a partial and a merge."""
+    cuts = [0, 64, 192, 256, 384]
+    uids = [0, 4, 5, 6]
+    queue = [
+        *shared(
+            [
+                partial(uid, -1, 0, (cuts[i], cuts[i + 1]), 500, (0, 64))
+                for i, uid in enumerate(uids)
+            ]
+        ),
+        *shared(
+            [partial(2, 1, 1, (0, 64), 130, (0, 64)), partial(7, 1, 1, (64, 130), 130, (0, 64))]
+        ),
+        partial(1, slot(1), 0, (384, 500), 500, (0, 64)),
+        listed(8, 0, (0, 0), 64, [0, 1]),
+    ]
+    return np.array(queue, dtype=np.int32)
+
+
+def check_mates(queue: Words, **changes: object) -> None:
+    arguments: dict[str, object] = {
+        "seq_lens": [500, 130],
+        "num_heads": 64,
+        "new_tokens": 1,
+        "num_slots": 3,
+    }
+    _scheduler.validate(queue, **(arguments | changes))  # type: ignore[arg-type]
+
+
+def both(*mutations: Callable[[Words], Words]) -> Callable[[Words], Words]:
+    def mutate(queue: Words) -> Words:
+        for mutation in mutations:
+            queue = mutation(queue)
+        return queue
+
+    return mutate
+
+
+def keep(*positions: int) -> Callable[[Words], Words]:
+    return lambda queue: queue[list(positions)]
+
+
+MATE_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
+    ("reserved", "behind a mate", set_word(FOUR, 13, 1)),
+    ("uid", "used twice", set_word(FOUR + 1, 1, 0)),
+    ("uid", "negative", set_word(FOUR + 1, 1, -1)),
+    ("slot", "not the uid of mate 0", both(set_word(FOUR, 1, 4), set_word(FOUR + 1, 1, 3))),
+    ("slot", "the uid of mate 1", set_word(FOUR + 1, 1, 2)),
+    ("kv-range", "empty", both(set_word(FOUR, 7, 64), set_word(FOUR + 1, 7, 64))),
+    ("kv-alignment", "a cut", both(set_word(FOUR, 7, 63), set_word(FOUR + 1, 6, 63))),
+    ("mates", "one", set_word(ALONE, 11, 1)),
+    ("mates", "three", set_word(FOUR, 11, 3)),
+    ("mates", "sixteen", set_word(FOUR, 11, 16)),
+    ("mates", "a negative number", set_word(FOUR, 11, -2)),
+    ("mates", "a lowest number", set_word(FOUR, 11, INT32_MIN)),
+    ("mates", "mate of none", set_word(ALONE, 12, 1)),
+    ("mates", "negative mate", set_word(ALONE, 12, -1)),
+    ("mates", "mate 1 is first", set_word(FOUR, 12, 1)),
+    ("mates", "mate 0 twice", set_word(FOUR + 1, 12, 0)),
+    ("mates", "out of order", move(FOUR + 1, FOUR + 2)),
+    ("mates", "one is missing", drop(FOUR + 2)),
+    ("mates", "the last is missing", drop(FOUR + 3)),
+    ("mates", "one too many", set_word(TWO, 12, 4)),
+    ("mates", "of two numbers", set_word(FOUR + 1, 11, 2)),
+    ("mates", "the next is not shared", set_word(TWO + 1, 11, 0)),
+    ("mates", "a no-op between", set_words(TWO + 1, [0] * 32)),
+    ("mates", "a merge between", move(MERGE, TWO + 1)),
+    ("mates", "the array ends", keep(FOUR, FOUR + 1)),
+    ("mates", "the end mark", set_words(TWO + 1, [-1] + [0] * 31)),
+    ("mates", "dst_batch", set_word(FOUR + 1, 2, slot(1))),
+    ("mates", "output and scratch", set_word(FOUR + 1, 2, 0)),
+    ("mates", "dst_seq", set_word(FOUR + 1, 3, 1)),
+    ("mates", "q_batch", set_word(FOUR + 1, 4, 1)),
+    ("mates", "q_seq", set_word(FOUR + 1, 5, 1)),
+    ("mates", "length", set_word(FOUR + 1, 8, 130)),
+    ("mates", "row_begin", set_word(FOUR + 1, 9, 64)),
+    ("mates", "num_rows", set_word(FOUR + 1, 10, 0)),
+    ("mates", "a gap between", set_word(TWO + 1, 6, 128)),
+    ("mates", "an overlap", set_word(FOUR + 1, 6, 0)),
+    (
+        "mates-first",
+        "behind a no-op",
+        lambda queue: np.vstack([[[0] * 32], queue]).astype(np.int32),
+    ),
+    ("mates-first", "behind a partial", move(ALONE, TWO)),
+    ("mates-first", "four behind two", keep(4, 5, 0, 1, 2, 3, 6, 7)),
+    ("output-once", "besides a partial", append(partial(9, 1, 1, (0, 130), 130, (0, 64)))),
+    ("unread", "no reader", drop(MERGE)),
+    ("covered-twice", "by a partial", set_word(ALONE, 6, 320)),
+    ("uncovered", "behind mates", set_word(ALONE, 6, 448)),
+]
+
+
 def test_the_unmutated_queue_is_valid() -> None:
     check(valid_queue())
+
+
+def test_the_unmutated_mates_are_valid() -> None:
+    check_mates(valid_mates())
+
+
+@pytest.mark.parametrize("num_mates", [2, 4, 8])
+def test_mates_write_once(num_mates: int) -> None:
+    cuts = [64 * i for i in range(num_mates)] + [500]
+    mates = [partial(i, 0, 0, (cuts[i], cuts[i + 1]), 500, (0, 0)) for i in range(num_mates)]
+    batch = {"seq_lens": [500], "num_slots": 0}
+    check_mates(np.array(shared(mates), dtype=np.int32), **batch)
+    with pytest.raises(_scheduler.ScheduleError, match=r"\(rule: output-once\)$"):
+        check_mates(np.array(mates, dtype=np.int32), **batch)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mutate"),
+    [(rule, mutate) for rule, _, mutate in MATE_VIOLATIONS],
+    ids=[f"{rule}: {what}" for rule, what, _ in MATE_VIOLATIONS],
+)
+def test_wrong_mates_are_rejected_by_their_rule(
+    rule: str, mutate: Callable[[Words], Words]
+) -> None:
+    with pytest.raises(_scheduler.ScheduleError, match=rf"\(rule: {rule}\)$"):
+        check_mates(mutate(valid_mates()))
+
+
+@pytest.mark.parametrize(
+    ("mutate", "message"),
+    [
+        (drop(FOUR + 1), "instruction 1, uid 5: stands in the place of mate 1 of 4 "),
+        (keep(FOUR), "the queue ends before mate 1 of 4 "),
+        (set_word(FOUR + 1, 8, 130), "uid 4: length 130 is not the 500 of the mate before "),
+        (set_word(FOUR + 1, 6, 0), "uid 4: starts at 0, the mate before ends at 64 "),
+        (move(ALONE, TWO), "uid 2: 2 mates stand behind what is not shared "),
+        (keep(4, 5, 0), "uid 0: 4 mates stand behind 2 "),
+    ],
+)
+def test_messages_name_mates(mutate: Callable[[Words], Words], message: str) -> None:
+    with pytest.raises(_scheduler.ScheduleError, match=message):
+        check_mates(mutate(valid_mates()))
 
 
 def test_padding_behind_the_end_is_valid() -> None:
@@ -298,7 +444,8 @@ def test_tensors_too_small_for_the_batch_are_rejected() -> None:
 
 
 def test_every_rule_has_a_violation() -> None:
-    assert {rule for rule, _, _ in VIOLATIONS} | {"batch"} == set(_scheduler.RULES)
+    violated = {rule for rule, _, _ in VIOLATIONS + MATE_VIOLATIONS}
+    assert violated | {"batch"} == set(_scheduler.RULES)
 
 
 def test_the_message_names_instruction_and_uid() -> None:
@@ -355,11 +502,13 @@ ANY_WORD = EDGE_WORDS | st.integers(INT32_MIN, INT32_MAX)
 @settings(max_examples=500, deadline=None)
 @given(data=st.data())
 def test_a_changed_word_is_rejected_or_leaves_a_valid_queue(data: st.DataObject) -> None:
-    queue = valid_queue()
+    queue, check_queue = data.draw(
+        st.sampled_from([(valid_queue(), check), (valid_mates(), check_mates)])
+    )
     position = data.draw(st.integers(0, len(queue) - 1))
     queue[position, data.draw(st.integers(0, 31))] = data.draw(ANY_WORD)
     try:
-        check(queue)
+        check_queue(queue)
     except _scheduler.ScheduleError as error:
         assert str(error).rpartition("(rule: ")[2].rstrip(")") in _scheduler.RULES
 

@@ -30,7 +30,8 @@ py::tuple capacity(int num_requests,
                                                   num_heads,
                                                   max_seq_len,
                                                   num_workers,
-                                                  split_tiles);
+                                                  split_tiles,
+                                                  /*cluster_ctas=*/1);
     return py::make_tuple(mla::device_plan_rows(problem), mla::device_plan_capacity(problem).slots);
 }
 
@@ -43,6 +44,7 @@ void plan(const IntArray& seq_lens,
           int max_seq_len,
           int num_workers,
           int split_tiles,
+          int cluster_ctas,
           const std::vector<double>& cost,
           IntArray& instructions,
           IntArray& header) {
@@ -53,7 +55,8 @@ void plan(const IntArray& seq_lens,
                                             num_heads,
                                             max_seq_len,
                                             num_workers,
-                                            split_tiles);
+                                            split_tiles,
+                                            cluster_ctas);
     problem.cost = mla::device_plan_cost(cost);
     problem.seq_lens = seq_lens.data();
     IntArray cu_seqlens;
@@ -106,6 +109,7 @@ void bind_device_plan(py::module_& m) {
           py::arg("max_seq_len"),
           py::arg("num_workers"),
           py::arg("split_tiles"),
+          py::arg("cluster_ctas"),
           py::arg("cost"),
           py::arg("instructions"),
           py::arg("header"));

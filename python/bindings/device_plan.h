@@ -28,6 +28,7 @@ inline DevicePlanCost device_plan_cost(const std::vector<double>& values) {
     const auto ns = [&](double us) { return scaled(us, 1e3); };
     const auto ns_1024 = [&](double us) { return scaled(us, 1024e3); };
     constexpr double kRowKib = 2;  // of O, in fp32
+    constexpr double kOutputRowKib = 1;
     DevicePlanCost cost{};
     cost.partial_next = ns(model.partial_next_us);
     cost.tile_compute = ns(model.partial_tile_compute_us);
@@ -36,6 +37,9 @@ inline DevicePlanCost device_plan_cost(const std::vector<double>& values) {
     cost.tile_1024 = ns_1024(model.partial_tile_us);
     cost.tile_contention_1024 = ns_1024(model.partial_tile_contention_us);
     cost.reduction_row_1024 = ns_1024(model.reduction_kib_us * kRowKib);
+    cost.mates_fixed = ns(model.mates_fixed_us);
+    cost.mates_row_1024 = ns_1024(model.mates_kib_us * kRowKib);
+    cost.store_row_1024 = ns_1024(model.partial_store_kib_us * kOutputRowKib);
     return cost;
 }
 
@@ -49,6 +53,13 @@ inline void check_device_plan(const DevicePlanProblem& p) {
     check_range("max_seq_len", p.max_seq_len, 0, INT32_MAX - 2 * kKvTile);
     check_range("num_workers", p.num_workers, 1, kMaxWorkers);
     check_range("split_tiles", p.split_tiles, 0, 1 << 20);
+    const int ctas = p.cluster_ctas;
+    check_range("cluster_ctas", ctas, 1, kMaxMates);
+    if ((ctas & (ctas - 1)) != 0 || p.num_workers % ctas != 0) {
+        throw std::invalid_argument("cluster_ctas: expected a power of two that divides " +
+                                    std::to_string(p.num_workers) + " workers, got " +
+                                    std::to_string(ctas));
+    }
     const DevicePlanCapacity capacity = device_plan_capacity(p);
     check_range("instructions that a plan of these sizes may need",
                 capacity.instructions,
@@ -64,7 +75,8 @@ inline DevicePlanProblem device_plan_problem(int num_requests,
                                              int num_heads,
                                              int max_seq_len,
                                              int num_workers,
-                                             int split_tiles) {
+                                             int split_tiles,
+                                             int cluster_ctas) {
     DevicePlanProblem problem{};
     problem.num_requests = num_requests;
     problem.num_kv_heads = num_kv_heads;
@@ -74,6 +86,7 @@ inline DevicePlanProblem device_plan_problem(int num_requests,
     problem.max_seq_len = max_seq_len;
     problem.num_workers = num_workers;
     problem.split_tiles = split_tiles;
+    problem.cluster_ctas = cluster_ctas;
     check_device_plan(problem);
     return problem;
 }

@@ -73,6 +73,7 @@ void plan(uintptr_t seq_lens,
           int max_seq_len,
           int num_workers,
           int split_tiles,
+          int cluster_ctas,
           const std::vector<double>& cost,
           uintptr_t instructions,
           int64_t rows,
@@ -86,7 +87,8 @@ void plan(uintptr_t seq_lens,
                                             num_heads,
                                             max_seq_len,
                                             num_workers,
-                                            split_tiles);
+                                            split_tiles,
+                                            cluster_ctas);
     problem.seq_lens = pointer<const int32_t>(seq_lens);
     problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
     problem.kv_indptr = pointer<const int32_t>(kv_indptr);
@@ -117,6 +119,8 @@ std::string describe_wait(const mk::FailureRecord& record) {
             return "completion flag of scratch slot " + index;
         case mk::WaitKind::kBadOpcode:
             return "an opcode that the kernel knows";
+        case mk::WaitKind::kCluster:
+            return "other CTAs of the cluster, barrier " + index;
         case mk::WaitKind::kBadLength:
             break;  // no wait
     }
@@ -159,6 +163,7 @@ class BoundDecode {
                 uintptr_t completion_flag,
                 int tic,
                 int num_ctas,
+                int cluster_ctas,
                 uint64_t spin_timeout_ns)
         : decoder_(decoder) {
         pointers_.instructions = pointer<void>(instructions);
@@ -169,7 +174,7 @@ class BoundDecode {
         pointers_.lse_log2_scratch = pointer<void>(lvec_scratch);
         pointers_.done_flags = pointer<void>(completion_flag);
         options_.tic = tic;
-        options_.num_ctas = num_ctas;
+        options_.grid = {num_ctas, cluster_ctas};
         options_.timeout_us =
             static_cast<uint32_t>(std::min<uint64_t>(spin_timeout_ns / 1000, 1u << 30));
     }
@@ -214,6 +219,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.attr("TIMING_WORDS") = mk::kTimingWords;
     m.def("available", &mk::why_unavailable, py::arg("device") = 0);
     m.def("num_sms", &mk::num_sms, py::arg("device") = 0);
+    m.def("max_clusters", &mla::max_clusters, py::arg("cluster_ctas"), py::arg("device") = 0);
     m.def("device_name", &device_name, py::arg("device") = 0);
     m.def("take_error", &take_error, py::arg("device") = 0);
     m.def("plan", &plan);
@@ -251,6 +257,7 @@ PYBIND11_MODULE(_kernels, m) {
                       uintptr_t,
                       int,
                       int,
+                      int,
                       uint64_t>(),
              py::keep_alive<1, 2>(),
              py::arg("layout"),
@@ -264,6 +271,7 @@ PYBIND11_MODULE(_kernels, m) {
              py::arg("completion_flag"),
              py::arg("tic"),
              py::arg("num_ctas"),
+             py::arg("cluster_ctas"),
              py::arg("spin_timeout_ns"))
         .def("enqueue", &BoundDecode::enqueue);
     py::class_<mla::TensorReader>(m, "TensorReader")

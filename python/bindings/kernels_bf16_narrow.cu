@@ -2,4 +2,9 @@
 #include "instructions/mla_decode.cuh"
 
 template void mla::launch_family<kittens::bf16, true>(
-    const mla::MlaGlobals&, bool, int, int, cudaStream_t);
+    const mla::MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
+
+int mla::max_clusters(int cluster_ctas, int device) {
+    using Config = MlaConfig<kittens::bf16, true, true>;
+    return mk::max_clusters<Config, MlaOps<Config>, MlaGlobals>(cluster_ctas, device);
+}

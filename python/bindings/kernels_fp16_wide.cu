@@ -2,4 +2,4 @@
 #include "instructions/mla_decode.cuh"
 
 template void mla::launch_family<kittens::half, false>(
-    const mla::MlaGlobals&, bool, int, int, cudaStream_t);
+    const mla::MlaGlobals&, bool, mk::Grid, int, cudaStream_t);

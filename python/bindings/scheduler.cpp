@@ -139,13 +139,16 @@ PlanData plan(const py::object& seq_lens,
               const std::string& policy_name,
               int split_tiles,
               std::optional<int64_t> total_tokens,
-              int num_kv_heads) {
+              int num_kv_heads,
+              const std::vector<std::pair<int, int>>& clusters) {
     const mla::Batch batch = to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads);
+    std::vector<mla::Clusters> limits;
+    for (const auto& [ctas, count] : clusters) limits.push_back({ctas, count});
     const mla::Policy policy = mla::parse_policy(policy_name);
     mla::Plan result;
     {
         py::gil_scoped_release unlocked;
-        result = mla::plan(batch, num_workers, cost, policy, split_tiles);
+        result = mla::plan(batch, num_workers, cost, policy, split_tiles, limits);
     }
     const py::ssize_t count = result.num_instructions();
     return {to_array(std::move(result.words), {count, mla::kInstructionWords}),
@@ -182,10 +185,19 @@ py::tuple simulate(const WordArray& instructions,
     const mla::TaskGraph graph =
         mla::parse_tasks(queue.words, queue.num_instructions, num_heads, to_new_tokens(new_tokens));
     const mla::Timeline timeline = mla::simulate(graph, mla::queue_order(graph), num_workers, cost);
-    const auto count = static_cast<py::ssize_t>(timeline.worker.size());
-    return py::make_tuple(to_array(timeline.worker, {count}),
-                          to_float_array(timeline.start_us),
-                          to_float_array(timeline.end_us),
+    std::vector<int32_t> worker;
+    std::vector<double> start_us, end_us;
+    for (size_t task = 0; task < graph.tasks.size(); ++task) {
+        for (int mate = 0; mate < graph.tasks[task].num_mates; ++mate) {
+            worker.push_back(timeline.worker[task] + mate);
+            start_us.push_back(timeline.start_us[task]);
+            end_us.push_back(timeline.end_us[task]);
+        }
+    }
+    const auto count = static_cast<py::ssize_t>(worker.size());
+    return py::make_tuple(to_array(std::move(worker), {count}),
+                          to_float_array(start_us),
+                          to_float_array(end_us),
                           timeline.makespan_us);
 }
 
@@ -283,7 +295,9 @@ py::dict word_names() {
                                   "end",
                                   "length",
                                   "row_begin",
-                                  "num_rows"});
+                                  "num_rows",
+                                  "num_mates",
+                                  "mate"});
     words["mla_reduction"] =
         names({"opcode", "uid", "shape", "dst_batch", "dst_seq"}, mla::kMaxReductionInputs);
     words["mla_reduction_run"] = names({"opcode",
@@ -313,6 +327,7 @@ void bind_constants(py::module_& m) {
     m.attr("MAX_ROWS") = mla::kMaxRows;
     m.attr("NARROW_ROWS") = mla::kNarrowRows;
     m.attr("MAX_REDUCTION_INPUTS") = mla::kMaxReductionInputs;
+    m.attr("MAX_MATES") = mla::kMaxMates;
     m.attr("MAX_RUN_INPUTS") = mla::kMaxRunInputs;
     m.attr("COLUMN_CHUNK") = mla::kColumnChunk;
     m.attr("MAX_HEADS") = mla::kMaxHeads;
@@ -347,7 +362,8 @@ PYBIND11_MODULE(_scheduler, m) {
           py::arg("policy") = "balanced",
           py::arg("split_tiles") = 0,
           py::arg("total_tokens") = py::none(),
-          py::arg("num_kv_heads") = 1);
+          py::arg("num_kv_heads") = 1,
+          py::arg("clusters") = std::vector<std::pair<int, int>>());
     m.def("validate",
           &validate,
           py::arg("instructions").noconvert(),

@@ -19,6 +19,7 @@ class ErrorRecord(TypedDict, total=False):
 
 def available(device: int = 0) -> str: ...
 def num_sms(device: int = 0) -> int: ...
+def max_clusters(cluster_ctas: int, device: int = 0) -> int: ...
 def device_name(device: int = 0) -> str: ...
 def take_error(device: int = 0) -> ErrorRecord | None: ...
 
@@ -66,6 +67,7 @@ class BoundDecode:
         completion_flag: int,
         tic: int,
         num_ctas: int,
+        cluster_ctas: int,
         spin_timeout_ns: int,
     ) -> None: ...
     def enqueue(self, tensors: tuple[int, ...], out: int, lse: int, stream: int, /) -> None:
@@ -109,6 +111,7 @@ def plan(
     max_seq_len: int,
     num_workers: int,
     split_tiles: int,
+    cluster_ctas: int,
     cost: list[float],
     instructions: int,
     rows: int,

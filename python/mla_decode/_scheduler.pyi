@@ -25,6 +25,7 @@ KV_TILE: Final[int]
 MAX_ROWS: Final[int]
 NARROW_ROWS: Final[int]
 MAX_REDUCTION_INPUTS: Final[int]
+MAX_MATES: Final[int]
 MAX_RUN_INPUTS: Final[int]
 COLUMN_CHUNK: Final[int]
 MAX_HEADS: Final[int]
@@ -54,6 +55,8 @@ class _CostFields(TypedDict, total=False):
     partial_fixed_us: float
     partial_next_us: float
     partial_store_kib_us: float
+    mates_fixed_us: float
+    mates_kib_us: float
     partial_tile_us: float
     partial_tile_compute_us: float
     partial_tile_contention_us: float
@@ -75,6 +78,8 @@ class CostModel:
         A partial before its first tile, as an SM's first instruction and as a later one.
     partial_store_kib_us
         One KiB of a partial's result: 2 KiB per row in scratch, 1 KiB in the output.
+    mates_fixed_us, mates_kib_us
+        What mates take to merge a partial that they share; and one KiB of what one sends.
     partial_tile_us
         One 64-token KV tile, if the memory did nothing else. Streaming SMs share this.
     partial_tile_compute_us
@@ -94,6 +99,8 @@ class CostModel:
     partial_fixed_us: float
     partial_next_us: float
     partial_store_kib_us: float
+    mates_fixed_us: float
+    mates_kib_us: float
     partial_tile_us: float
     partial_tile_compute_us: float
     partial_tile_contention_us: float
@@ -127,7 +134,7 @@ class PlanData:
     num_slots
         Scratch slots that the queue writes.
     num_workers
-        CTAs that it was planned for. Any number runs it.
+        CTAs that it was planned for. Any number runs it, if nothing is shared by mates.
     predicted_us
         From the launch to the end of the last instruction; 0 for an empty batch.
     worker, start_us, end_us
@@ -159,6 +166,7 @@ def plan(
     split_tiles: int = 0,
     total_tokens: int | None = None,
     num_kv_heads: int = 1,
+    clusters: Sequence[tuple[int, int]] = (),
 ) -> PlanData:
     """Plan a batch.
 
@@ -188,6 +196,9 @@ def plan(
         the sum of `new_tokens`.
     num_kv_heads
         A divisor of ``len(seq_lens)`` and of `total_tokens`.
+    clusters
+        SMs of a cluster, 2, 4 or 8, and how many such run at a time. Where it is better,
+        ``"balanced"`` lets those of one size share partials, and then uses no other SMs.
 
     Raises
     ------
@@ -309,6 +320,7 @@ def device_plan(
     max_seq_len: int,
     num_workers: int,
     split_tiles: int,
+    cluster_ctas: int,
     cost: Sequence[float],
     instructions: _Words,
     header: _Words,
@@ -321,6 +333,8 @@ def device_plan(
         ``[B]`` and ``[B + 1]`` int32, by request; without the latter all have `s_q` tokens.
     total_tokens
         Of one KV head, padding included.
+    cluster_ctas
+        SMs of a cluster that may share partials, a divisor of `num_workers`; 1: none do.
     cost
         The values of `CostModel.as_dict`, in its order.
     instructions, header

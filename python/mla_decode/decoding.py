@@ -452,10 +452,31 @@ def _bound(call: Call, plan: AnyPlan, views: WorkspaceViews, spin_timeout_ns: in
         return None
     checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, raw.MAX_SPIN_TIMEOUT_NS)
     instructions, num_instructions = plan.queue(call.device)
-    num_ctas = min(plan.num_workers, call.num_sms)
-    bound = native.bind(kernel, instructions, num_instructions, views, num_ctas, spin_timeout_ns)
+    grid = _grid(plan, call.device, call.num_sms)
+    bound = native.bind(kernel, instructions, num_instructions, views, grid, spin_timeout_ns)
     call.launch = Launch(plan.binding, views, spin_timeout_ns, bound.enqueue)
     return call.launch
+
+
+def _grid(plan: AnyPlan, device: torch.device, num_sms: int) -> native.Grid:
+    """The CTAs that run a plan; one without clusters is correct with any number of them.
+
+    Raises
+    ------
+    UnsupportedError
+        It was made for more clusters than this GPU runs at a time.
+    """
+    size = plan.cluster_ctas
+    if size == 1:
+        return native.Grid(min(plan.num_workers, num_sms))
+    count = native.max_clusters(size, device)
+    if plan.num_workers > count * size:
+        raise UnsupportedError(
+            f"plan: expected one for at most {count} clusters of {size} SMs, as many as {device} "
+            f"runs at a time, got one for {plan.num_workers // size}; plan for this device, or "
+            "with clusters=False"
+        )
+    return native.Grid(plan.num_workers, size)
 
 
 def _run_checked(
@@ -479,7 +500,7 @@ def _run_checked(
     raw.run_checked(
         arguments,
         handle if on_gpu else None,
-        min(plan.num_workers, native.num_sms(call.device)) if on_gpu else 0,
+        _grid(plan, call.device, native.num_sms(call.device)) if on_gpu else native.Grid(),
         spin_timeout_ns,
         check_queue=not on_gpu,  # a plan's words were proved when it was made
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -23,17 +24,22 @@ from .planning import (
     BATCH_INVARIANT_TILES,
     DEFAULT_NUM_WORKERS,
     Plan,
+    clusters_of,
     require_fits,
     require_heads,
     sequence_tokens,
 )
-from .words import INSTRUCTION_WORDS, MAX_NEW_TOKENS, MAX_ROWS, OPCODE_END_OF_QUEUE
+from .words import INSTRUCTION_WORDS, KV_TILE, MAX_NEW_TOKENS, MAX_ROWS, OPCODE_END_OF_QUEUE
 from .workspace import Workspace, workspace_bytes
 
 HEADER_WORDS = 8
 HEADER_INSTRUCTIONS = 0  # instructions, end marks not counted
 HEADER_SLOTS = 1
 HEADER_BAD_LENGTHS = 2
+
+# Most tiles of each mate, at the longest, that clusters of more than two are launched for. They
+# leave SMs out, which is missed the more the more keys there are.
+MOST_TILES_OF_MATE = 4
 
 _FitKey = tuple[int, int, int, int, int]
 
@@ -72,6 +78,9 @@ class DevicePlan:
         with ``batch_invariant``.
     num_workers : int, optional
         SMs to balance for; those of ``device``, 132 on the CPU.
+    clusters : bool
+        Launch clusters of SMs, whose size `cluster_ctas` the sizes alone decide, so that those of a
+        cluster can share a request without a reduction, where that is faster. False: never.
     device : device
         Where the lengths and the decode calls are.
 
@@ -84,6 +93,10 @@ class DevicePlan:
         ``[8]`` int32 on ``device``: instructions, scratch slots, lengths out of range.
     num_slots, slot_rows : int
         Scratch slots that any lengths can need, and rows of each.
+    cluster_ctas : int
+        SMs of a cluster of the launch; 1: no clusters.
+    num_workers : int
+        SMs that it is balanced for: with clusters those that are in one.
 
     Raises
     ------
@@ -104,6 +117,7 @@ class DevicePlan:
         batch_invariant: bool = False,
         split_tiles: int = 0,
         num_workers: int | None = None,
+        clusters: bool = True,
         device: torch.device | str,
     ) -> None:
         checks.require_int("num_requests", num_requests, 1, 1 << 24)
@@ -129,7 +143,14 @@ class DevicePlan:
         self._index = native.require(self.device) if on_gpu else -1
         if num_workers is None:
             num_workers = native.num_sms(self.device) if on_gpu else DEFAULT_NUM_WORKERS
-        self.num_workers = checks.require_int("num_workers", num_workers, 1, 1 << 16)
+        checks.require_int("num_workers", num_workers, 1, 1 << 16)
+        groups = -(-new_tokens * self.heads_per_kv // MAX_ROWS)
+        self.cluster_ctas, self.num_workers = choose_clusters(
+            num_requests * num_kv_heads * groups,
+            max_seq_len,
+            num_workers,
+            clusters_of(self.device if on_gpu else None) if clusters and split_tiles == 0 else (),
+        )
         self._cost_model = _cost_model(self._index, self.new_tokens * self.heads_per_kv)
         self._cost = list(self._cost_model.as_dict().values())
         capacity, self.num_slots = device_plan_capacity(
@@ -373,6 +394,7 @@ class DevicePlan:
             self.max_seq_len,
             self.num_workers,
             self.split_tiles,
+            self.cluster_ctas,
             self._cost,
             *self._queue,
             self._header_ptr,
@@ -435,6 +457,7 @@ class DevicePlan:
             max_seq_len=self.max_seq_len,
             num_workers=self.num_workers,
             split_tiles=self.split_tiles,
+            cluster_ctas=self.cluster_ctas,
             cost=self._cost,
             instructions=self.instructions.numpy(),
             header=header,
@@ -462,6 +485,33 @@ class DevicePlan:
 def _cost_model(index: int, rows: int) -> CostModel:
     """Fitted on the GPU of that index, -1 for none; looked up once, since plans are made often."""
     return cost.load(torch.cuda.get_device_name(index) if index >= 0 else None, rows)
+
+
+def choose_clusters(
+    groups: int, max_seq_len: int, num_workers: int, clusters: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """SMs of a cluster of the launch, 1 for no clusters, and SMs in all.
+
+    Parameters
+    ----------
+    groups : int
+        Row groups of all requests.
+    max_seq_len : int
+        Longest KV length.
+    num_workers : int
+        SMs to plan for.
+    clusters
+        SMs of a cluster, and how many such run at a time.
+    """
+    for ctas, available in sorted(clusters, reverse=True):
+        count = min(available, num_workers // ctas)
+        if ctas == 2:
+            fits = 4 * groups <= 3 * num_workers
+        else:  # nearly every group may have a cluster
+            fits = 8 * groups <= 9 * count and max_seq_len <= MOST_TILES_OF_MATE * ctas * KV_TILE
+        if fits and count > 0:
+            return ctas, count * ctas
+    return 1, num_workers
 
 
 def device_plan_capacity(
@@ -508,7 +558,7 @@ class PlannedWords:
         ``[n, 32]`` int32: those of a `Plan` or a `DevicePlan`.
     fit_key
         Sizes of the call; see `Plan.fit_key`.
-    num_slots, num_workers : int
+    num_slots, num_workers, cluster_ctas : int
         Of the plan.
 
     Attributes
@@ -520,7 +570,12 @@ class PlannedWords:
     max_seq_len = 0  # nothing to compare with the call's block ids
 
     def __init__(
-        self, words: torch.Tensor, fit_key: _FitKey, num_slots: int, num_workers: int
+        self,
+        words: torch.Tensor,
+        fit_key: _FitKey,
+        num_slots: int,
+        num_workers: int,
+        cluster_ctas: int,
     ) -> None:
         checks.require_dtype("plan", checks.require_tensor("plan", words), torch.int32)
         checks.require_shape("plan", words, ["n", INSTRUCTION_WORDS])
@@ -532,6 +587,7 @@ class PlannedWords:
         self.slot_rows = min(MAX_ROWS, (s_q or MAX_NEW_TOKENS) * (heads // kv_heads))
         self.num_slots = num_slots
         self.num_workers = num_workers
+        self.cluster_ctas = cluster_ctas
 
     def queue(self, device: torch.device) -> tuple[int, int]:
         """Address of the words, and how many instructions they are."""

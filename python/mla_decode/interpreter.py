@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import random
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +67,14 @@ class _Worker:
     executed_at: int | None = None
     started: bool = False
     drained: bool = False
+
+
+@dataclass
+class _Mates:
+    """Partials that share a destination: the last to execute writes it for all."""
+
+    states: dict[int, numerics.State] = field(default_factory=dict)  # by mate
+    published: int = 0
 
 
 def run(
@@ -131,6 +139,7 @@ class _Interpreter:
         self.actions = (_Action.PUBLISH, _Action.EXECUTE, _Action.TAKE)
         self.flags = arguments.completion_flag.numpy()
         self.kv_rows = numerics.KvCache(arguments)
+        self.mates: defaultdict[int, _Mates] = defaultdict(_Mates)  # by the position of mate 0
         self.steps: list[Step] = []
         if arguments.timings is not None:
             arguments.timings.zero_()
@@ -213,7 +222,7 @@ class _Interpreter:
         instruction = self.queue[index]
         begin = _now()
         if isinstance(instruction, Partial):
-            numerics.run_partial(self.arguments, instruction, self.kv_rows)
+            self._run_partial(index, instruction)
         elif isinstance(instruction, Reduction):
             numerics.run_reduction(self.arguments, instruction)
         elif isinstance(instruction, Fill):
@@ -222,15 +231,36 @@ class _Interpreter:
         self._record(index, {2: begin, 3: begin, 4: begin, 5: end, 6: end})
         worker.executed_at = self.clock
 
+    def _run_partial(self, index: int, partial: Partial) -> None:
+        state = numerics.attend(self.arguments, partial, self.kv_rows)
+        if partial.num_mates:
+            states = self.mates[index - partial.mate].states
+            states[partial.mate] = state
+            if len(states) < partial.num_mates:
+                return
+            # In their order, not that of execution: every interleaving gives the same bits.
+            state = numerics.merge_mates([states[mate] for mate in range(partial.num_mates)])
+            states.clear()
+        numerics.store_partial(self.arguments, partial, state)
+
     def _publish(self, worker: _Worker) -> None:
         index = worker.held.popleft()
         executed, worker.executed_at = worker.executed_at, None
         assert executed is not None
         slot = self.queue[index].slot
-        if slot is not None:
+        if slot is not None and self._is_last(index):
             self.flags[slot] = self.epoch
         self._record(index, {7: _now()})
         self.steps.append(Step(index, worker.number, executed, self.clock))
+
+    def _is_last(self, index: int) -> bool:
+        """Count an instruction as published; whether all its mates are, if it has any."""
+        instruction = self.queue[index]
+        if not isinstance(instruction, Partial) or not instruction.num_mates:
+            return True
+        mates = self.mates[index - instruction.mate]
+        mates.published += 1
+        return mates.published == instruction.num_mates
 
     # What instructions wait for.
 
@@ -259,8 +289,9 @@ class _Interpreter:
 
     def _explain_writer(self, slot: int) -> str:
         holders = {index: worker for worker in self.workers for index in worker.held}
+        published = {step.index for step in self.steps}  # mates, before the last of them
         for index, instruction in enumerate(self.queue):
-            if instruction.slot != slot:
+            if instruction.slot != slot or index in published:
                 continue
             uid = instruction.uid
             if index not in holders:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -92,10 +92,28 @@ def _num_sms(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
+def max_clusters(cluster_ctas: int, device: torch.device) -> int:
+    """Clusters of so many CTAs that a CUDA device runs at a time, one CTA per SM."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return _max_clusters(cluster_ctas, index)
+
+
+@cache
+def _max_clusters(cluster_ctas: int, index: int) -> int:
+    return int(_kernels.max_clusters(cluster_ctas, index))
+
+
+class Grid(NamedTuple):
+    """CTAs of a launch, 0 for one per SM, and how many make a cluster."""
+
+    num_ctas: int = 0
+    cluster_ctas: int = 1
+
+
 def launch(
     arguments: KernelArguments,
     stream: int,
-    num_ctas: int,
+    grid: Grid,
     spin_timeout_ns: int,
     device: int,
     num_instructions: int | None = None,
@@ -115,7 +133,8 @@ def launch(
         lvec_scratch=arguments.lvec_scratch.data_ptr(),
         completion_flag=arguments.completion_flag.data_ptr(),
         tic=arguments.tic,
-        num_ctas=num_ctas,
+        num_ctas=grid.num_ctas,
+        cluster_ctas=grid.cluster_ctas,
         spin_timeout_ns=spin_timeout_ns,
     )
     tensors = tuple(address(getattr(arguments, name)) for name in ADDRESSES)
@@ -128,7 +147,7 @@ def bind(
     instructions: int,
     num_instructions: int,
     views: WorkspaceViews,
-    num_ctas: int,
+    grid: Grid,
     spin_timeout_ns: int,
 ) -> BoundDecode:
     """A queue and its scratch, for launches of one layout; ``instructions`` is an address."""
@@ -142,7 +161,8 @@ def bind(
         lvec_scratch=views.lvec_scratch.data_ptr(),
         completion_flag=views.completion_flag.data_ptr(),
         tic=0,
-        num_ctas=num_ctas,
+        num_ctas=grid.num_ctas,
+        cluster_ctas=grid.cluster_ctas,
         spin_timeout_ns=spin_timeout_ns,
     )
 

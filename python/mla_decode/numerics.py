@@ -8,12 +8,14 @@ base-2 log-sum-exp of the scaled scores (-inf where no key is visible).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 from .arguments import KernelArguments
 from .errors import RangeError
-from .words import MAX_ROWS, Fill, Partial, Reduction
+from .words import LATENT_DIM, MAX_ROWS, Fill, Partial, Reduction
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -59,8 +61,15 @@ class KvCache:
         return a.rope[ids, inside, kv_head].float(), a.latent[ids, inside, kv_head].float()
 
 
-def run_partial(arguments: KernelArguments, partial: Partial, kv: KvCache) -> None:
-    """Attention of a row group over some keys, into the output or a scratch slot."""
+class State(NamedTuple):
+    """Attention of some rows over some keys; or, with inputs before rows, of several ranges."""
+
+    out: torch.Tensor  # [rows, columns] fp32, normalised; 0 in a row that saw no key
+    lse_log2: torch.Tensor  # [rows] fp32, without sinks; -inf in a row that saw no key
+
+
+def attend(arguments: KernelArguments, partial: Partial, kv: KvCache) -> State:
+    """Attention of a row group over the keys of a partial."""
     a = arguments
     first_token, num_tokens = a.tokens_of(partial.q_batch)
     own = partial.rows(a.num_heads, num_tokens * a.num_heads)
@@ -82,14 +91,19 @@ def run_partial(arguments: KernelArguments, partial: Partial, kv: KvCache) -> No
     out = scores.to(a.dtype).float() @ latent
     blind = total == 0  # sees no key; a NaN is not blind and goes on into the output
     out = torch.where(blind, 0.0, out / total)
-    lse_log2 = torch.where(blind, -math.inf, top + total.log2())[:, 0]
+    return State(out, torch.where(blind, -math.inf, top + total.log2())[:, 0])
 
-    if partial.slot is None:
-        _store(a, partial.dst_batch, own, slice(None), out, lse_log2)
-    else:
-        in_slot = _rows_in_slot(own)
-        a.o_scratch[partial.slot, in_slot] = out
-        a.lvec_scratch[partial.slot, in_slot] = lse_log2
+
+def store_partial(arguments: KernelArguments, partial: Partial, state: State) -> None:
+    """Write what a partial, or all its mates together, found."""
+    _, num_tokens = arguments.tokens_of(partial.q_batch)
+    rows = partial.rows(arguments.num_heads, num_tokens * arguments.num_heads)
+    _store(arguments, partial, rows, slice(0, LATENT_DIM), state)
+
+
+def merge_mates(states: Sequence[State]) -> State:
+    """Merge of what mates found, each over keys of its own."""
+    return _merge(State(*(torch.stack(parts) for parts in zip(*states, strict=True))))
 
 
 def run_reduction(arguments: KernelArguments, reduction: Reduction) -> None:
@@ -98,25 +112,24 @@ def run_reduction(arguments: KernelArguments, reduction: Reduction) -> None:
     own, own_columns = reduction.rows(a.num_heads), reduction.columns()
     in_slot, columns = _rows_in_slot(own), slice(own_columns.start, own_columns.stop)
     inputs = input_slots(reduction)
-    lse_log2 = a.lvec_scratch[inputs, in_slot]  # [inputs, rows]
+    states = State(a.o_scratch[inputs, in_slot, columns], a.lvec_scratch[inputs, in_slot])
+    _store(a, reduction, own, columns, _merge(states))
+
+
+def _merge(states: State) -> State:
+    """Merge over the first dimension, weighted by the log-sum-exps."""
+    partials, lse_log2 = states
     top = lse_log2.amax(0)
     top = torch.where(top == -math.inf, 0.0, top)
     weight = (lse_log2 - top).exp2()
     total = weight.sum(0)
-    partials = a.o_scratch[inputs, in_slot, columns]  # [inputs, rows, columns]
-    out = torch.zeros(len(own), len(own_columns))
+    out = torch.zeros(partials.shape[1:])
     for some in range(0, len(weight), _INPUTS_AT_ONCE):
         few = slice(some, some + _INPUTS_AT_ONCE)
         out += (weight[few, :, None] * partials[few]).sum(0)
     blind = total == 0
     out = torch.where(blind[:, None], 0.0, out / total[:, None])
-    merged = torch.where(blind, -math.inf, top + total.log2())
-
-    if reduction.slot is None:
-        _store(a, reduction.dst_batch, own, columns, out, merged)
-    else:
-        a.o_scratch[reduction.slot, in_slot, columns] = out
-        a.lvec_scratch[reduction.slot, in_slot] = merged
+    return State(out, torch.where(blind, -math.inf, top + total.log2()))
 
 
 def run_fill(arguments: KernelArguments, fill: Fill) -> None:
@@ -144,13 +157,25 @@ def _rows_in_slot(rows: range) -> slice:
 
 def _store(
     a: KernelArguments,
-    sequence: int,
+    instruction: Partial | Reduction,
     rows: range,
     columns: slice,
-    out: torch.Tensor,
-    lse_log2: torch.Tensor,
+    state: State,
+) -> None:
+    """Write rows of a sequence into the output or the scratch slot of an instruction."""
+    if instruction.slot is None:
+        _store_output(a, instruction.dst_batch, rows, columns, state)
+        return
+    in_slot = _rows_in_slot(rows)
+    a.o_scratch[instruction.slot, in_slot, columns] = state.out
+    a.lvec_scratch[instruction.slot, in_slot] = state.lse_log2
+
+
+def _store_output(
+    a: KernelArguments, sequence: int, rows: range, columns: slice, state: State
 ) -> None:
     """Write rows of a sequence into the output; LSEs with the first column."""
+    out, lse_log2 = state
     first_token, _ = a.tokens_of(sequence)
     index = torch.arange(rows.start, rows.stop)
     tokens, heads = first_token + index // a.num_heads, index % a.num_heads
@@ -160,7 +185,7 @@ def _store(
         # Without a key the share is 0 / 0 for a sink of -inf.
         out = torch.where(lse_log2[:, None] == -math.inf, 0.0, out * share[:, None])
     a.out[tokens, heads, columns] = out.to(a.dtype)
-    if columns.start in (None, 0):
+    if columns.start == 0:
         _store_lse(a, tokens, heads, lse_log2)
 
 

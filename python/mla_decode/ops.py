@@ -32,14 +32,15 @@ from .words import INSTRUCTION_WORDS, LATENT_DIM, MAX_NEW_TOKENS
 # Arguments of both forms of decode, as those of `mla_decode.decode`, but: with q_pe and k_pe, q
 # and kv_cache are the 512 wide parts; ``plan`` are words, by default those of the op ``plan`` for
 # the same sizes and ``max_seq_len`` (what the block ids can name when None), or any with
-# ``plan_slots`` and ``plan_workers`` of their plan.
+# ``plan_slots``, ``plan_workers`` and ``plan_cluster_ctas`` of their plan.
 _INPUTS = (
     "Tensor q, Tensor kv_cache, Tensor? block_table, Tensor? seq_lens, Tensor? plan=None, "
     "float? softmax_scale=None, *, Tensor? q_pe=None, Tensor? k_pe=None, bool causal=True, "
     "Tensor? cu_seqlens_q=None, Tensor? kv_indptr=None, Tensor? kv_indices=None, "
     "Tensor? attn_sink=None, bool lse_base_2=False, bool lse_empty_negative=False, "
     "str? lse_layout=None, bool batch_invariant=False, int? max_seq_len=None, "
-    "int? plan_slots=None, int? plan_workers=None"
+    "int? plan_slots=None, int? plan_workers=None, "
+    "int plan_cluster_ctas=1"
 )
 
 # With cu_seqlens_q, ``new_tokens`` counts for nothing: a request may have up to 16. kv_indptr and
@@ -70,6 +71,7 @@ def _decode(
     max_seq_len: int | None = None,
     plan_slots: int | None = None,
     plan_workers: int | None = None,
+    plan_cluster_ctas: int = 1,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     planned = None
@@ -85,7 +87,7 @@ def _decode(
                     f"plan: expected {capacity} rows, as mla_decode.plan makes for "
                     f"max_seq_len={max_seq_len}, got shape {list(plan.shape)}"
                 )
-        planned = PlannedWords(plan, sizes, plan_slots, plan_workers)
+        planned = PlannedWords(plan, sizes, plan_slots, plan_workers, plan_cluster_ctas)
     return decoding.decode(
         q if q_pe is None else (q, q_pe),
         kv_cache if k_pe is None else (kv_cache, k_pe),
@@ -133,6 +135,7 @@ def _plan(
         max_seq_len=max_seq_len,
         ragged=cu_seqlens_q is not None,
         batch_invariant=batch_invariant,
+        clusters=False,  # words alone do not say what they need
         device=seq_lens.device,
     )
     made.update(seq_lens, cu_seqlens_q, kv_indptr=kv_indptr, block_size=block_size)
@@ -309,9 +312,11 @@ def traced_decode(
     q_wide, q_pe = q if isinstance(q, tuple) else (q, None)
     latent, k_pe = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
     words = slots = workers = None
+    cluster_ctas = 1
     if plan is not None:
         words = plan.instructions if isinstance(plan, DevicePlan) else plan.to(q_wide.device)
         slots, workers = plan.num_slots, plan.num_workers
+        cluster_ctas = plan.cluster_ctas
     elif not isinstance(seq_lens, torch.Tensor):
         seq_lens = torch.as_tensor(seq_lens, dtype=torch.int32, device=q_wide.device)
     arguments: tuple[Any, ...] = (
@@ -331,6 +336,7 @@ def traced_decode(
         "lse_layout": lse_layout,
         "plan_slots": slots,
         "plan_workers": workers,
+        "plan_cluster_ctas": cluster_ctas,
     }
     if out is None and lse is None:
         made_out, made_lse = torch.ops.mla_decode.decode(*arguments, **options)

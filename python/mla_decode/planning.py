@@ -20,6 +20,7 @@ from .lengths import NewTokens, SeqLens, host_new_tokens, host_seq_lens
 from .words import (
     MAX_HEADS,
     MAX_ROWS,
+    OPCODE_MLA_PARTIAL,
     Fill,
     Instruction,
     Partial,
@@ -31,6 +32,8 @@ from .workspace import Workspace, workspace_bytes
 
 POLICIES: tuple[str, ...] = _scheduler.POLICIES
 DEFAULT_NUM_WORKERS = 132  # SMs of an H100 or H200, for plans made without a GPU
+# Clusters of an H200 that run at a time, by their SMs, likewise.
+DEFAULT_CLUSTERS = ((2, 66), (8, 15))
 MAX_KV_HEADS = 128
 
 # Tiles of 64 keys per piece of a batch-invariant plan. A request of 64k keys is cut into 64
@@ -54,7 +57,7 @@ class Plan:
     total_tokens: int
     """Rows of tokens in ``q`` and the outputs; those behind the last request's are padding."""
     num_workers: int
-    """SMs that it was balanced for; it is correct with any number."""
+    """SMs that it was balanced for; without clusters it is correct with any number."""
     policy: str
     split_tiles: int
     instructions: Words
@@ -74,8 +77,14 @@ class Plan:
         default_factory=dict, init=False, repr=False
     )
     _proved: bool = field(default=False, init=False, repr=False)
+    cluster_ctas: int = field(default=1, init=False)
+    """SMs of a cluster that may share a partial; 1: none do."""
     binding: object = field(default_factory=object, init=False, repr=False)
     """Stands for what a launch needs of the plan: the same object, the same words and sizes."""
+
+    def __post_init__(self) -> None:
+        partials = self.instructions[self.instructions[:, 0] == OPCODE_MLA_PARTIAL]
+        object.__setattr__(self, "cluster_ctas", max(1, int(partials[:, 11].max(initial=0))))
 
     @property
     def batch(self) -> int:
@@ -133,7 +142,7 @@ class Plan:
         """Pieces that every request's keys were cut into (per row group)."""
         pieces: list[set[int]] = [set() for _ in range(self.batch)]
         for instruction in self.decoded():
-            if isinstance(instruction, Partial):
+            if isinstance(instruction, Partial) and instruction.mate == 0:
                 pieces[instruction.q_batch % self.batch].add(instruction.start)
         return [len(starts) for starts in pieces]
 
@@ -344,6 +353,7 @@ def plan(
     policy: str = "balanced",
     split_tiles: int = 0,
     batch_invariant: bool = False,
+    clusters: bool = True,
     cost_model: CostModel | None = None,
     validate: bool = False,
 ) -> Plan:
@@ -380,6 +390,9 @@ def plan(
         pieces are summed depend on its own length alone, so the bits of its output do not
         depend on the rest of the batch, on the number of SMs or on the cost model. What that
         costs is in docs/serving.md.
+    clusters : bool
+        Let ``balanced`` share pieces among the SMs of a thread-block cluster, where that is
+        expected to be faster. Such a plan runs on GPUs only that run as many clusters at a time.
     cost_model : CostModel, optional
         Microseconds that things take; by default those fitted on ``device``.
     validate : bool
@@ -431,6 +444,7 @@ def plan(
             split_tiles,
             total_tokens=total * num_kv_heads,
             num_kv_heads=num_kv_heads,
+            clusters=clusters_of(gpu) if clusters else (),
         )
     made = Plan(
         seq_lens=lengths,
@@ -438,7 +452,7 @@ def plan(
         new_tokens=tokens,
         num_kv_heads=num_kv_heads,
         total_tokens=total,
-        num_workers=num_workers,
+        num_workers=int(data.num_workers),
         policy=policy,
         split_tiles=split_tiles,
         instructions=np.ascontiguousarray(data.instructions),
@@ -452,6 +466,15 @@ def plan(
     if validate:
         made.validate()
     return made
+
+
+def clusters_of(gpu: torch.device | None) -> tuple[tuple[int, int], ...]:
+    """Sizes of clusters to plan with, and how many run at a time; an H200's without a GPU."""
+    if gpu is None:
+        return DEFAULT_CLUSTERS
+    if native.missing(torch.cuda.current_device() if gpu.index is None else gpu.index):
+        return ()
+    return tuple((size, native.max_clusters(size, gpu)) for size, _ in DEFAULT_CLUSTERS)
 
 
 def require_heads(num_heads: int, num_kv_heads: int) -> int:
@@ -537,9 +560,11 @@ def describe(instruction: Instruction) -> str:
     if isinstance(instruction, Partial):
         to = f"slot {instruction.slot}" if instruction.slot is not None else "output"
         rows = f" rows {instruction.row_begin}+{instruction.num_rows or 'group'}"
+        shared = instruction.num_mates > 0
+        mate = f", mate {instruction.mate} of {instruction.num_mates}" if shared else ""
         return (
             f"partial  sequence {instruction.q_batch} keys [{instruction.start}, "
-            f"{instruction.end}){rows} -> {to}"
+            f"{instruction.end}){rows} -> {to}{mate}"
         )
     if isinstance(instruction, Reduction):
         to = (

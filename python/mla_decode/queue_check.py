@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .errors import QueueError
 from .words import (
+    CLUSTER_SIZES,
     COLUMN_CHUNK,
     INSTRUCTION_WORDS,
     KV_TILE,
@@ -30,6 +31,16 @@ from .words import (
 
 _KNOWN = (OPCODE_NOOP, OPCODE_MLA_PARTIAL, OPCODE_MLA_REDUCTION, OPCODE_MLA_FILL)
 _RUN_END = 9  # words of a run from here on are 0
+_NUM_MATES = (0, *CLUSTER_SIZES)
+_SHARED_WORDS = {  # in which mates agree
+    2: "dst_batch",
+    3: "dst_seq",
+    4: "q_batch",
+    5: "q_seq",
+    8: "length",
+    9: "row_begin",
+    10: "num_rows",
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,22 @@ def check_words(instructions: Words, limits: QueueLimits) -> None:
     _Partials(words, np.flatnonzero(opcode == OPCODE_MLA_PARTIAL), limits).check()
     _Reductions(words, np.flatnonzero(opcode == OPCODE_MLA_REDUCTION), limits).check()
     _Fills(words, np.flatnonzero(opcode == OPCODE_MLA_FILL), limits).check()
+
+
+def check_mates_run(instructions: Words, num_ctas: int, cluster_ctas: int) -> None:
+    """Check that mates are first instructions of CTAs in one cluster. The words were checked.
+
+    Raises
+    ------
+    QueueError
+        They are not, in a launch of so many CTAs in clusters of so many.
+    """
+    words = instructions[: queue_length(instructions)].astype(np.int64)
+    is_mate = (words[:, 0] == OPCODE_MLA_PARTIAL) & (words[:, 11] > 0)
+    fits = ~is_mate | (words[:, 11] <= cluster_ctas)
+    _require(words, fits, 11, "num_mates", f"at most {cluster_ctas} (cluster_ctas)")
+    first = ~is_mate | (np.arange(len(words)) < num_ctas)
+    _require(words, first, 12, "mate", f"mates among the first {num_ctas} (num_ctas) instructions")
 
 
 class _Instructions:
@@ -118,6 +145,25 @@ class _Partials(_Instructions):
         differ = isinstance(lim.rows, tuple)
         fits = ~(slot | differ) | (group <= lim.slot_rows)
         need(fits, 2, "dst_batch", f"rows that a scratch slot holds ({lim.slot_rows})")
+        self._check_mates()
+
+    def _check_mates(self) -> None:
+        """Mates wait for each other, and each takes it that the others agree with it."""
+        words, w, at, need = self.words, self.w, self.where, self.need
+        count, mate = w[:, 11], w[:, 12]
+        need(np.isin(count, _NUM_MATES), 11, "num_mates", f"one of {_NUM_MATES}")
+        place = at % np.maximum(count, 1)
+        need(mate == place, 12, "mate", "the queue position modulo num_mates, without mates 0")
+        first = at - mate
+        for other in range(1, max(_NUM_MATES)):
+            where = np.minimum(first + other, len(words) - 1)
+            is_mate = (words[where, 0] == OPCODE_MLA_PARTIAL) & (words[where, 11] == count)
+            there = (other >= count) | (is_mate & (first + other < len(words)))
+            need(there, 11, "num_mates", "that many partials, neighbours, of the same number")
+        for word, name in _SHARED_WORDS.items():
+            need(w[:, word] == words[first, word], word, name, "the same as of mate 0")
+        follows = (mate == 0) | (w[:, 6] == words[at - 1, 7])
+        need(follows, 6, "start", "the end of the mate before it")
 
 
 class _Reductions(_Instructions):

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import checks, interpreter, native
 from .arguments import KernelArguments
 from .errors import DeviceError, RangeError, UnsupportedError
-from .queue_check import check_words
-from .words import LATENT_DIM, ROPE_DIM, queue_length
+from .queue_check import check_mates_run, check_words
+from .words import CLUSTER_SIZES, LATENT_DIM, ROPE_DIM, queue_length
 
 # Far above any honest wait (a launch takes milliseconds), far below a driver's watchdog.
 DEFAULT_SPIN_TIMEOUT_NS = 2_000_000_000
@@ -74,6 +74,7 @@ def mla_decode(
     lse_empty: float = math.inf,
     check_queue: bool = True,
     num_ctas: int = 0,
+    cluster_ctas: int = 1,
     spin_timeout_ns: int = DEFAULT_SPIN_TIMEOUT_NS,
 ) -> None:
     """Run a queue of instructions: one kernel on CUDA tensors, the interpreter on CPU tensors.
@@ -145,6 +146,9 @@ def mla_decode(
         these, with nothing behind its end mark.
     num_ctas : int
         CTAs to launch, or workers to interpret with; 0 means one per SM (1 on the CPU).
+    cluster_ctas : int
+        CTAs of a cluster, 1, 2, 4 or 8, a divisor of ``num_ctas``: as many as the largest group
+        of mates in the queue has (`Plan.cluster_ctas`). CUDA only.
     spin_timeout_ns : int
         Nanoseconds after which a wait inside the kernel gives up. CUDA only.
 
@@ -191,7 +195,12 @@ def mla_decode(
         lse_empty=lse_empty,
     )
     run_checked(
-        arguments, stream, num_ctas, spin_timeout_ns, check_queue=check_queue, names=_RAW_NAMES
+        arguments,
+        stream,
+        native.Grid(num_ctas, cluster_ctas),
+        spin_timeout_ns,
+        check_queue=check_queue,
+        names=_RAW_NAMES,
     )
 
 
@@ -259,7 +268,7 @@ def _merged(name: str, tensor: torch.Tensor) -> torch.Tensor:
 def run_checked(
     arguments: KernelArguments,
     stream: torch.cuda.Stream | int | None,
-    num_ctas: int,
+    grid: native.Grid,
     spin_timeout_ns: int,
     *,
     check_queue: bool = True,
@@ -270,7 +279,7 @@ def run_checked(
     ``names`` are what the caller knows the fields as, for the messages.
     """
     arguments.check(names)
-    checks.require_int("num_ctas", num_ctas, 0, 1 << 16)
+    checks.require_int("num_ctas", grid.num_ctas, 0, 1 << 16)
     checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, MAX_SPIN_TIMEOUT_NS)
     device = arguments.device
     if device.type == "cpu":
@@ -278,21 +287,44 @@ def run_checked(
             raise DeviceError("stream: expected None for CPU tensors")
         if check_queue:
             check_words(arguments.instructions.numpy(), arguments.limits())
-        interpreter.run(arguments, num_workers=max(num_ctas, 1))
+        interpreter.run(arguments, num_workers=max(grid.num_ctas, 1))
         return
     index = native.require(device)
-    if num_ctas > native.num_sms(device):
-        # A CTA that is not resident would hold its first instruction back for ever.
-        sms = native.num_sms(device)
-        raise RangeError(f"num_ctas: expected at most {sms} (SMs of {device}), got {num_ctas}")
+    grid = require_grid(grid, device)
     handle = native.stream_handle(stream, device)
     # CTAs draw tickets: they would run what stands behind an end mark, so it is not launched.
-    length = _check_device_queue(arguments) if check_queue else None
+    length = _check_device_queue(arguments, grid) if check_queue else None
     native.raise_pending(device)
-    native.launch(arguments, handle, num_ctas, spin_timeout_ns, index, length)
+    native.launch(arguments, handle, grid, spin_timeout_ns, index, length)
 
 
-def _check_device_queue(arguments: KernelArguments) -> int:
+def require_grid(grid: native.Grid, device: torch.device) -> native.Grid:
+    """Check that all CTAs of a launch run at the same time; returns it with their number.
+
+    Raises
+    ------
+    RangeError
+        There are more than SMs, or than are in clusters, or no such clusters.
+    """
+    # A CTA that is not resident would hold its first instruction back for ever.
+    sms, (num_ctas, size) = native.num_sms(device), grid
+    if num_ctas > sms:
+        raise RangeError(f"num_ctas: expected at most {sms} (SMs of {device}), got {num_ctas}")
+    if size == 1:
+        return grid._replace(num_ctas=num_ctas or sms)
+    if size not in CLUSTER_SIZES:
+        raise RangeError(f"cluster_ctas: expected one of {(1, *CLUSTER_SIZES)}, got {size}")
+    most = native.max_clusters(size, device) * size
+    num_ctas = num_ctas or most
+    if num_ctas > most or num_ctas % size:
+        raise RangeError(
+            f"num_ctas: expected a multiple of cluster_ctas, at most {most} (SMs of {device} in "
+            f"clusters of {size}), got {num_ctas}"
+        )
+    return native.Grid(num_ctas, size)
+
+
+def _check_device_queue(arguments: KernelArguments, grid: native.Grid) -> int:
     """Check the words, once per tensors, versions and sizes; return how many precede the end."""
     a = arguments
     sizes = (
@@ -304,6 +336,7 @@ def _check_device_queue(arguments: KernelArguments) -> int:
         a.block_size,
         tuple(a.q_nope.shape),
         tuple(a.o_scratch.shape),
+        grid,
     )
     others = [tensor for tensor in (a.cu_seqlens_q, a.kv_indptr) if tensor is not None]
     known = _checked_queues.get(a.instructions)
@@ -316,6 +349,7 @@ def _check_device_queue(arguments: KernelArguments) -> int:
         )
     words = a.instructions.cpu().numpy()
     check_words(words, a.limits())
+    check_mates_run(words, *grid)
     length = queue_length(words)
     if all(not tensor.is_inference() for tensor in (a.instructions, *others)):
         references = tuple((weakref.ref(tensor), tensor._version) for tensor in others)

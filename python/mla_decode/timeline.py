@@ -217,7 +217,9 @@ def _measured_slice(
 
 
 def _flows(slices: list[Slice]) -> tuple[tuple[int, int], ...]:
-    writers = {s.instruction.slot: s.index for s in slices if s.instruction.slot is not None}
+    # Of mates, who share a slot, the one that ends last.
+    by_end = sorted(slices, key=lambda s: s.end_us)
+    writers = {s.instruction.slot: s.index for s in by_end if s.instruction.slot is not None}
     return tuple(
         (writers[slot], s.index)
         for s in slices

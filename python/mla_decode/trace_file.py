@@ -115,6 +115,8 @@ def _arguments(s: Slice, num_kv_heads: int) -> dict[str, Any]:
         if num_kv_heads > 1:
             args["KV head"] = s.kv_head
         args["keys"] = f"[{s.instruction.start}, {s.instruction.end})"
+        if s.instruction.num_mates:
+            args["mate"] = f"{s.instruction.mate} of {s.instruction.num_mates}"
     elif isinstance(s.instruction, Reduction):
         args["inputs"] = _describe_inputs(s.instruction.inputs)
     if s.fetched_us is not None:

@@ -39,6 +39,7 @@ from ._scheduler import (
 from .errors import QueueError
 
 __all__ = [
+    "CLUSTER_SIZES",
     "COLUMN_CHUNK",
     "INSTRUCTION_WORDS",
     "KV_TILE",
@@ -72,6 +73,7 @@ __all__ = [
 
 Words: TypeAlias = npt.NDArray[np.int32]
 
+CLUSTER_SIZES = (2, 4, 8)  # mates that may share a partial
 QUEUE_STATE_WORDS = 32  # int32 words of the queue state
 TIMING_WORDS = 8  # int32 words of one instruction's timing record
 
@@ -108,6 +110,11 @@ class Partial:
     ``dst_batch >= 0`` names the sequence whose output it writes, ``dst_batch < 0`` the
     scratch slot ``-dst_batch - 1``. Its first row is ``q_seq * num_heads + row_begin``, a
     multiple of 64; ``num_rows`` 0 stands for all of the row group.
+
+    ``num_mates`` 2, 4 or 8 partials, *mates*, share one destination: neighbours in the queue,
+    ``mate`` 0 first, at a position that is a multiple of ``num_mates``. Their ranges of keys
+    follow each other; in everything else but the uid they agree. To a reduction they are one
+    input, whose slot is the uid of mate 0. An ordinary partial has ``num_mates`` 0.
     """
 
     uid: int
@@ -120,10 +127,12 @@ class Partial:
     num_rows: int = 0
     q_seq: int = 0
     dst_seq: int = 0
+    num_mates: int = 0
+    mate: int = 0
 
     def pack(self) -> Words:
         words = np.zeros(INSTRUCTION_WORDS, np.int32)
-        words[:11] = (
+        words[:13] = (
             OPCODE_MLA_PARTIAL,
             self.uid,
             self.dst_batch,
@@ -135,12 +144,14 @@ class Partial:
             self.length,
             self.row_begin,
             self.num_rows,
+            self.num_mates,
+            self.mate,
         )
         return words
 
     @property
     def slot(self) -> int | None:
-        """Scratch slot that it writes, or None when it writes the output."""
+        """Scratch slot that it writes, mates together, or None when it writes the output."""
         return -self.dst_batch - 1 if self.dst_batch < 0 else None
 
     def rows(self, num_heads: int, sequence_rows: int) -> range:
@@ -267,6 +278,8 @@ def decode_words(row: Sequence[int] | Words) -> Instruction | None:
             length=w[8],
             row_begin=w[9],
             num_rows=w[10],
+            num_mates=w[11],
+            mate=w[12],
         )
     if opcode == OPCODE_MLA_REDUCTION:
         shape = w[2]

@@ -1,0 +1,231 @@
+// The end of a partial that CTAs of one cluster share, mates. Each has worked on KV positions of
+// its own. Now each sends its result, as floats, to the mates, every one its share of the latent
+// columns, straight into their shared memory; merges what it gets; and writes it: to the output, or
+// to the one scratch slot that they have.
+//
+// For a CTA's first instruction only. All its pages are its own then, the ring lies in one piece,
+// and it is known which CTA has which part.
+#pragma once
+
+#include "instructions/partial_work.cuh"
+#include "instructions/softmax.cuh"
+#include "megakernel/state.cuh"
+
+namespace mla {
+
+// mk::State::cluster_barrier
+enum ClusterBarrier {
+    kInboxesOpen,  // of all mates
+    kLsesHere,     // of all are in the inbox
+    kColumnsHere,  // of the others
+    kMatesStored,  // for the first of them
+    kNumClusterBarriers,
+};
+
+template <class Config>
+class ClusterMerge {
+    using State = mk::State<Config>;
+    using Element = typename Config::Element;
+    using Pages = PartialPages<Config>;
+    static_assert(kNumClusterBarriers <= Config::kNumClusterBarriers);
+
+    // A thread sums four columns of a row, a team of threads a chunk.
+    static constexpr int kTeamThreads = kColumnChunk / 4;
+    static constexpr int kTeams = kConsumerThreads / kTeamThreads;
+    static constexpr int kChunksLog2 = 3;
+    static constexpr int kChunks = 1 << kChunksLog2;
+    static_assert(kChunks == kLatentDim / kColumnChunk);
+    static_assert(mk::kMaxClusterCtas <= kChunks);
+    static constexpr int kChunkColumnsLog2 = 6;
+    static_assert(kColumnChunk == 1 << kChunkColumnsLog2);
+    static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(float);
+    static constexpr uint32_t kRowBytes = kLatentDim * sizeof(float);
+    static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(float)) <=
+                      Pages::kRing * Config::kSmemPageBytes,
+                  "the ring is the inbox");
+
+  public:
+    __device__ ClusterMerge(const MlaGlobals& g, const State& state, const PartialWork& work)
+        : g(g), state(state), work(work) {}
+
+    // By one warp, when all consumers have read all that lies in the ring.
+    __device__ void open_inbox() const {
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+        const uint32_t open = state.cluster_barrier(kInboxesOpen);
+        if (lane == work.mate) {
+            expect(kLsesHere, work.num_mates * row_bytes(sizeof(float)));
+            expect(kColumnsHere, (work.num_mates - 1) * row_bytes(kChunkBytes << chunks_log2()));
+            mk::ptx::mbar_arrive(open, mk::kMaxClusterCtas - work.num_mates + 1);
+        } else if (lane < work.num_mates) {
+            mk::ptx::mbar_arrive_at(at_mate(open, lane));
+        }
+        __syncwarp();
+    }
+    __device__ void wait_open() const { state.wait_cluster(kInboxesOpen); }
+
+    // A row's LSE, to all. (In a launch that has failed they may have left.)
+    __device__ void send_lse(int row, float lse_log2) const {
+        if (state.failed()) return;
+        const uint32_t to = inbox() + lse_offset(work.mate, row);
+        const uint32_t here = state.cluster_barrier(kLsesHere);
+        for (int mate = 0; mate < work.num_mates; ++mate) {
+            mk::ptx::send_float(at_mate(to, mate), lse_log2, at_mate(here, mate));
+        }
+    }
+    // Returns what sends four columns of a row, from `col` on, to the mate whose they are.
+    __device__ auto sender(int col) const {
+        const int mate = col >> chunks_log2() + kChunkColumnsLog2;
+        const bool is_own = mate == work.mate;
+        const uint32_t own = inbox() + work.mate * row_bytes(kChunkBytes << chunks_log2()) +
+                             (col - first_col(mate)) * static_cast<uint32_t>(sizeof(float));
+        const uint32_t first = is_own ? own : at_mate(own, mate);
+        const uint32_t here = at_mate(state.cluster_barrier(kColumnsHere), mate);
+        const uint32_t step = kChunkBytes << chunks_log2();
+        const bool sends = !is_own && !state.failed();
+        return [is_own, sends, first, here, step](int row, const float4& columns) {
+            if (is_own) {
+                mk::ptx::store_smem_float4(first + row * step, columns);
+            } else if (sends) {
+                mk::ptx::send_float4(first + row * step, columns, here);
+            }
+        };
+    }
+
+    // By all consumers. Four columns of a thread's are in eight places, whatever the number of
+    // mates: where there are half as many, each has twice as many chunks.
+    __device__ void merge() const {
+        weigh();
+        barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+        state.wait_cluster(kColumnsHere);
+        const int team = mk::ptx::thread_in_cta() / kTeamThreads;
+        const int col = mk::ptx::thread_in_cta() % kTeamThreads * 4;
+        const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(float));
+        const uint32_t step = kChunkBytes << chunks_log2();
+#pragma unroll 1
+        for (int row = team; row < work.num_rows; row += kTeams) {
+            float4 sum[kChunks];
+#pragma unroll
+            for (int i = 0; i < kChunks; ++i) {
+                const int mate = i >> chunks_log2(), chunk = i & num_chunks() - 1;
+                sum[i] = mk::ptx::load_smem_float4(columns + (mate * work.num_rows + row) * step +
+                                                   chunk * kChunkBytes);
+                scale(sum[i], weight(mate, row));
+            }
+#pragma unroll
+            for (int half = kChunks / 2; half > 0; half /= 2) {
+                if (half < num_chunks()) break;
+#pragma unroll
+                for (int i = 0; i < half; ++i) add(sum[i], sum[i + half]);
+            }
+            store(row, first_col(work.mate) + col, sum);
+        }
+    }
+
+    // By the storer, when this CTA's share has been written. True for the one that speaks for all
+    // of them.
+    __device__ bool all_stored() const {
+        const uint32_t stored = state.cluster_barrier(kMatesStored);
+        if (work.mate > 0) {
+            mk::ptx::mbar_release_at(at_mate(stored, 0));
+            return false;
+        }
+        mk::ptx::mbar_arrive(stored, mk::kMaxClusterCtas - work.num_mates + 1);
+        const bool ok = state.wait_cluster(kMatesStored);
+        mk::ptx::fence_acq_rel_cluster();
+        return ok;
+    }
+
+  private:
+    const MlaGlobals& g;
+    const State& state;
+    const PartialWork& work;
+
+    // Chunks of 64 columns that a mate has.
+    __device__ int chunks_log2() const { return kChunksLog2 - (31 - __clz(work.num_mates)); }
+    __device__ int num_chunks() const { return 1 << chunks_log2(); }
+    __device__ int first_col(int mate) const { return mate << chunks_log2() + kChunkColumnsLog2; }
+
+    // In the inbox: of each mate, all rows with the columns that are this CTA's; then the LSEs.
+    __device__ uint32_t inbox() const { return mk::ptx::smem_address(state.page(Pages::kQPages)); }
+    __device__ uint32_t row_bytes(uint32_t bytes) const { return work.num_rows * bytes; }
+    __device__ uint32_t lse_offset(int mate, int row) const {
+        return row_bytes(kRowBytes) +
+               (mate * work.num_rows + row) * static_cast<uint32_t>(sizeof(float));
+    }
+    __device__ uint32_t at_mate(uint32_t address, int mate) const {
+        return mk::ptx::address_at(address, mk::ptx::cluster_rank() - work.mate + mate);
+    }
+    __device__ void expect(ClusterBarrier barrier, uint32_t bytes) const {
+        const uint32_t mbar = state.cluster_barrier(barrier);
+        mk::ptx::mbar_arrive(mbar, mk::kMaxClusterCtas - 1);
+        mk::ptx::mbar_arrive_expect_tx(mbar, bytes);
+    }
+
+    // LSEs become weights, each by a thread of its own, while columns are on their way.
+    __device__ void weigh() const {
+        state.wait_cluster(kLsesHere);
+        constexpr int kMost = mk::kMaxClusterCtas;
+        const int mate = mk::ptx::thread_in_cta() % kMost;
+        const bool exists = mate < work.num_mates;
+#pragma unroll 1
+        for (int first = 0; first < work.num_rows; first += kConsumerThreads / kMost) {
+            const int row = first + mk::ptx::thread_in_cta() / kMost;
+            const bool wanted = exists && row < work.num_rows;
+            const float lse_log2 = wanted ? weight(mate, row) : -INFINITY;
+            const float top = RowState::finite(
+                over_mates(lse_log2, [](float x, float y) { return fmaxf(x, y); }));
+            const float own = mk::ptx::exp2_approx(lse_log2 - top);
+            const float total = over_mates(own, [](float x, float y) { return x + y; });
+            if (!wanted) continue;
+            const bool seen = total > 0.f;  // did any mate see a key
+            if (mate == 0 && work.mate == 0) {
+                work.store_lse(g, row, seen ? top + __log2f(total) : -INFINITY);
+            }
+            const float sink = mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
+            weight(mate, row) = seen ? own * mk::ptx::reciprocal_approx(total + sink) : 0.f;
+        }
+    }
+    template <class Combine>
+    __device__ static float over_mates(float x, Combine combine) {
+#pragma unroll
+        for (int step = 1; step < mk::kMaxClusterCtas; step *= 2) {
+            x = combine(x, __shfl_xor_sync(~0u, x, step));
+        }
+        return x;
+    }
+    __device__ float& weight(int mate, int row) const {
+        return *reinterpret_cast<float*>(state.page(Pages::kQPages) + lse_offset(mate, row));
+    }
+
+    // Where there is no weight there may be anything.
+    __device__ static void scale(float4& x, float weight) {
+        if (weight == 0.f) x = {0.f, 0.f, 0.f, 0.f};
+        x = {x.x * weight, x.y * weight, x.z * weight, x.w * weight};
+    }
+    __device__ static void add(float4& x, const float4& y) {
+        x = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
+    }
+
+    // Four columns of each of the CTA's chunks.
+    __device__ void store(int row, int col, const float4 (&x)[kChunks]) const {
+        if (writes_scratch(work.dst_batch)) {
+            const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), row);
+            float* to = g.o_scratch + at * kLatentDim + col;
+#pragma unroll
+            for (int i = 0; i < kChunks / 2; ++i) {
+                if (i < num_chunks()) store_16_bytes(to + i * kColumnChunk, x[i]);
+            }
+            return;
+        }
+        const int64_t at = static_cast<int64_t>(work.flat_row(g, row)) * kLatentDim + col;
+        Element* to = reinterpret_cast<Element*>(g.out) + at;
+#pragma unroll
+        for (int i = 0; i < kChunks / 2; ++i) {
+            const uint2 rounded = {round_pair({x[i].x, x[i].y}, Element{}),
+                                   round_pair({x[i].z, x[i].w}, Element{})};
+            if (i < num_chunks()) *reinterpret_cast<uint2*>(to + i * kColumnChunk) = rounded;
+        }
+    }
+};
+
+}  // namespace mla
