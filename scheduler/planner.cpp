@@ -145,17 +145,13 @@ class Search {
         return std::move(*best_);
     }
 
-    // Where nearly every worker has a sequence of its own there is little to share.
-    static bool has_room(const Problem& problem, int workers) {
-        return 4 * problem.workers_unsplit() <= 3 * workers;
-    }
-
     // Partials shared by mates, if they are better than `other`.
     Candidate run_clusters(int cluster_ctas, Candidate other) {
         best_ = std::move(other);
+        // Where nearly every worker has a sequence of its own there is little to share.
         for (const double share : {1.0, 0.85, 0.7, 0.5}) {
             const int workers = static_cast<int>(problem_.num_workers * share);
-            if (!has_room(problem_, workers)) break;
+            if (4 * problem_.workers_unsplit() > 3 * workers) break;
             for (const bool in_one : {true, false}) {
                 consider(cut_into_clusters(problem_, cost_, cluster_ctas, in_one, workers));
             }
@@ -168,8 +164,8 @@ class Search {
   private:
     // Simulated instructions, for the cuts and then for their slices. Keeps the planning of 128
     // sequences under a millisecond; fewer may take two.
-    static constexpr int64_t kCutBudget = 3700;
-    static constexpr int64_t kSliceBudget = 4100;
+    static constexpr int64_t kCutBudget = 4000;
+    static constexpr int64_t kSliceBudget = 4400;
     // Even a huge batch gets these: whole sequences, and the first two lines.
     static constexpr int kMinCuts = 3;
     // A plan with more instructions has to win by this much for each.
@@ -335,7 +331,7 @@ Candidate search(const Batch& batch,
     Candidate best = Search(problem, cost).run();
     for (const Clusters& each : clusters) {
         const int workers = std::min(each.count, problem.num_workers / each.ctas) * each.ctas;
-        if (!Search::has_room(problem, workers)) continue;
+        if (workers == 0) continue;
         const Problem clustered = make_problem(batch, workers);
         best = Search(clustered, cost).run_clusters(each.ctas, std::move(best));
     }

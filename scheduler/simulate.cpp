@@ -158,9 +158,9 @@ class Simulation {
     }
 
     void count_streams(const Task& partial, int sign) {
-        const int streams = sign * partial.num_mates;
-        num_streams_ += streams;
-        num_different_streams_ += static_cast<double>(streams) / partial.kv_sharing;
+        num_streams_ += sign * partial.num_mates;
+        num_different_streams_ +=
+            static_cast<double>(sign * partial.num_mates) / partial.kv_sharing;
         if (num_streams_ == 0) num_different_streams_ = 0.0;  // rid of rounding errors
     }
 
