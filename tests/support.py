@@ -15,12 +15,12 @@ from mla_decode.reference import Case, Errors, attention, compare
 from mla_decode.words import (
     KV_TILE,
     MAX_ROWS,
-    OPCODE_MLA_PARTIAL,
     Fill,
     Instruction,
     Partial,
     Reduction,
     Words,
+    find_mates,
 )
 
 # CPU cases are small; on a busy machine threads that wait for each other cost ten times as much.
@@ -125,9 +125,7 @@ class Launch:
 
     def run(self, **options: Any) -> None:
         """Launch by `mla_decode.mla_decode`, or as `decode` does with several KV heads."""
-        words = self.tensors["instructions"]
-        mates = words[words[:, 0] == OPCODE_MLA_PARTIAL][:, 11]
-        size = max(1, int(mates.max())) if len(mates) else 1
+        _, size = find_mates(self.tensors["instructions"].cpu().numpy())
         if self.case.h_kv == 1:
             mla_decode.mla_decode(**self.tensors, **{"cluster_ctas": size, **options})
         else:

@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mla_decode import interpreter, timeline
-from mla_decode.errors import DeadlockError, QueueError
+from mla_decode import decoding, interpreter, native, raw, timeline
+from mla_decode.errors import (
+    DeadlockError,
+    QueueError,
+    RangeError,
+    ScheduleError,
+    UnsupportedError,
+)
 from mla_decode.planning import Plan, describe
+from mla_decode.queue_check import check_mates_run
 from mla_decode.reference import Case, make_case
 from mla_decode.trace_file import write_trace
 from mla_decode.words import (
@@ -286,6 +293,59 @@ def test_mates_start_at_a_multiple_of_their_number() -> None:
         Launch.of(case, words, num_slots=1).run()
 
 
+def test_mates_run_on_the_first_ctas_of_clusters_that_hold_them() -> None:
+    mates = gang(Partial(7, 0, 0, 0, 1000, 1000), 4, 100)
+    words = pack(*mates, Partial(8, 1, 1, 0, 100, 100))
+    check_mates_run(words, 4, 4)
+    check_mates_run(words, 8, 8)
+    with pytest.raises(QueueError, match=r"0 .*\(num_mates\): expected at most 2"):
+        check_mates_run(words, 4, 2)
+    with pytest.raises(QueueError, match=r"3 .*\(mate\): expected mates among the first 3 "):
+        check_mates_run(words, 3, 4)
+
+
+def test_plan_must_have_workers_for_its_mates(tmp_path: Path) -> None:
+    made = plan_with_mates(make_case([2000, 1500], NARROW, 1), 4, 1)
+    assert made.cluster_ctas == 4
+    for workers in (4, made.num_workers + 1):  # too few; not all in clusters
+        with pytest.raises(ScheduleError, match="num_workers: expected a multiple of 4"):
+            replace(made, num_workers=workers)
+    path = tmp_path / "plan.json"
+    made.save(path)
+    document = json.loads(path.read_text())
+    document["num_workers"] = 4
+    path.write_text(json.dumps(document))
+    with pytest.raises(ScheduleError, match="num_workers: expected a multiple of 4"):
+        Plan.load(path, validate=False)
+
+
+def test_plan_for_more_clusters_than_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = plan_with_mates(make_case([2000, 1500], NARROW, 1), 4, 1)
+    device = torch.device("cpu")
+    monkeypatch.setattr(native, "max_clusters", lambda size, device: 2)
+    assert decoding._grid(made, device, 132) == native.Grid(8, 4)
+    monkeypatch.setattr(native, "max_clusters", lambda size, device: 1)
+    with pytest.raises(UnsupportedError, match="at most 1 clusters of 4 SMs"):
+        decoding._grid(made, device, 132)
+
+
+def test_grid_that_cannot_run_at_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    monkeypatch.setattr(native, "num_sms", lambda device: 132)
+    monkeypatch.setattr(native, "max_clusters", lambda size, device: 120 // size)
+    assert raw.require_grid(native.Grid(), device) == native.Grid(132)
+    assert raw.require_grid(native.Grid(0, 8), device) == native.Grid(120, 8)
+    assert raw.require_grid(native.Grid(16, 8), device) == native.Grid(16, 8)
+    for grid, message in (
+        (native.Grid(133), "num_ctas: expected at most 132"),
+        (native.Grid(16, 3), "cluster_ctas: expected one of"),
+        (native.Grid(12, 8), "num_ctas: expected a multiple of cluster_ctas, at most 120"),
+        (native.Grid(128, 8), "num_ctas: expected a multiple of cluster_ctas, at most 120"),
+    ):
+        with pytest.raises(RangeError, match=message):
+            raw.require_grid(grid, device)
+
+
 # Plans and timelines
 
 
@@ -293,7 +353,7 @@ def plan_with_mates(case: Case, count: int, gangs: int) -> Plan:
     queue, num_slots = shared(case, count, gangs)
     size = len(queue)
     return replace(
-        plan_of(case, num_workers=size),
+        plan_of(case, num_workers=-(-size // count) * count),
         instructions=pack(*queue),
         num_slots=num_slots,
         worker=np.arange(size, dtype=np.int32),

@@ -112,6 +112,10 @@ def test_words_of_the_op_plan_serve_the_op_decode(
     assert compare(out, lse, *attention(case)).passed
     with pytest.raises(ShapeError, match=r"plan: expected .* rows, as mla_decode.plan makes for"):
         OPS.decode(q, kv, table, None, words[:-1], **options)
+    # Of another plan, but without the size of its clusters: a launch without them would be wrong.
+    other = {**options, "plan_slots": 1, "plan_workers": 132}
+    with pytest.raises(ShapeError, match="need its plan_slots, plan_workers and plan_cluster_ctas"):
+        OPS.decode(q, kv, table, None, words[:-1], **other)
 
 
 def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:

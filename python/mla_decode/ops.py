@@ -40,7 +40,7 @@ _INPUTS = (
     "Tensor? attn_sink=None, bool lse_base_2=False, bool lse_empty_negative=False, "
     "str? lse_layout=None, bool batch_invariant=False, int? max_seq_len=None, "
     "int? plan_slots=None, int? plan_workers=None, "
-    "int plan_cluster_ctas=1"
+    "int? plan_cluster_ctas=None"
 )
 
 # With cu_seqlens_q, ``new_tokens`` counts for nothing: a request may have up to 16. kv_indptr and
@@ -71,21 +71,22 @@ def _decode(
     max_seq_len: int | None = None,
     plan_slots: int | None = None,
     plan_workers: int | None = None,
-    plan_cluster_ctas: int = 1,
+    plan_cluster_ctas: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     planned = None
     if plan is not None:
         sizes = _call_sizes(q, kv_cache, cu_seqlens_q)
-        if plan_slots is None or plan_workers is None:
+        if plan_slots is None or plan_workers is None or plan_cluster_ctas is None:
             if max_seq_len is None:
                 max_seq_len = _capacity(kv_cache, block_table)
-            plan_workers = _num_workers(q.device)
+            plan_workers, plan_cluster_ctas = _num_workers(q.device), 1
             capacity, plan_slots = _room(sizes, max_seq_len, plan_workers, batch_invariant)
             if plan.shape[0] != capacity:
                 raise ShapeError(
                     f"plan: expected {capacity} rows, as mla_decode.plan makes for "
-                    f"max_seq_len={max_seq_len}, got shape {list(plan.shape)}"
+                    f"max_seq_len={max_seq_len}, got shape {list(plan.shape)}; words of another "
+                    "plan need its plan_slots, plan_workers and plan_cluster_ctas"
                 )
         planned = PlannedWords(plan, sizes, plan_slots, plan_workers, plan_cluster_ctas)
     return decoding.decode(
@@ -311,8 +312,7 @@ def traced_decode(
         raise UnsupportedError("lse_base, lse_empty: expected e or 2, and inf or -inf")
     q_wide, q_pe = q if isinstance(q, tuple) else (q, None)
     latent, k_pe = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
-    words = slots = workers = None
-    cluster_ctas = 1
+    words = slots = workers = cluster_ctas = None
     if plan is not None:
         words = plan.instructions if isinstance(plan, DevicePlan) else plan.to(q_wide.device)
         slots, workers = plan.num_slots, plan.num_workers

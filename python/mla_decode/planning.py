@@ -20,13 +20,13 @@ from .lengths import NewTokens, SeqLens, host_new_tokens, host_seq_lens
 from .words import (
     MAX_HEADS,
     MAX_ROWS,
-    OPCODE_MLA_PARTIAL,
     Fill,
     Instruction,
     Partial,
     Reduction,
     Words,
     decode_queue,
+    find_mates,
 )
 from .workspace import Workspace, workspace_bytes
 
@@ -83,8 +83,14 @@ class Plan:
     """Stands for what a launch needs of the plan: the same object, the same words and sizes."""
 
     def __post_init__(self) -> None:
-        partials = self.instructions[self.instructions[:, 0] == OPCODE_MLA_PARTIAL]
-        object.__setattr__(self, "cluster_ctas", max(1, int(partials[:, 11].max(initial=0))))
+        mates, size = find_mates(self.instructions)
+        object.__setattr__(self, "cluster_ctas", size)
+        if size > 1 and (self.num_workers % size or self.num_workers <= mates[-1]):
+            # One of them would run in another cluster, or not as its SM's first instruction.
+            raise ScheduleError(
+                f"num_workers: expected a multiple of {size}, the mates of a partial, above "
+                f"{mates[-1]}, the place of the last one, got {self.num_workers}"
+            )
 
     @property
     def batch(self) -> int:

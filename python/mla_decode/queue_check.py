@@ -26,6 +26,7 @@ from .words import (
     OPCODE_MLA_REDUCTION,
     OPCODE_NOOP,
     Words,
+    find_mates,
     queue_length,
 )
 
@@ -81,11 +82,11 @@ def check_mates_run(instructions: Words, num_ctas: int, cluster_ctas: int) -> No
         They are not, in a launch of so many CTAs in clusters of so many.
     """
     words = instructions[: queue_length(instructions)].astype(np.int64)
-    is_mate = (words[:, 0] == OPCODE_MLA_PARTIAL) & (words[:, 11] > 0)
-    fits = ~is_mate | (words[:, 11] <= cluster_ctas)
-    _require(words, fits, 11, "num_mates", f"at most {cluster_ctas} (cluster_ctas)")
-    first = ~is_mate | (np.arange(len(words)) < num_ctas)
-    _require(words, first, 12, "mate", f"mates among the first {num_ctas} (num_ctas) instructions")
+    where, _ = find_mates(words)
+    fits = words[where, 11] <= cluster_ctas
+    _require(words, fits, 11, "num_mates", f"at most {cluster_ctas} (cluster_ctas)", where)
+    among = f"mates among the first {num_ctas} (num_ctas) instructions"
+    _require(words, where < num_ctas, 12, "mate", among, where)
 
 
 class _Instructions:

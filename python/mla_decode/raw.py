@@ -143,7 +143,7 @@ def mla_decode(
         Check the words against the tensors. For a CUDA queue this copies it to the host, and
         ``cu_seqlens_q`` and ``kv_indptr`` with it, which waits for the stream, once per
         tensors, versions and sizes. Pass False only for a queue that is known to be valid for
-        these, with nothing behind its end mark.
+        these, for ``num_ctas`` and ``cluster_ctas``, with nothing behind its end mark.
     num_ctas : int
         CTAs to launch, or workers to interpret with; 0 means one per SM (1 on the CPU).
     cluster_ctas : int

@@ -23,6 +23,7 @@ from ._scheduler import (
     KV_TILE,
     LATENT_DIM,
     MAX_HEADS,
+    MAX_MATES,
     MAX_NEW_TOKENS,
     MAX_REDUCTION_INPUTS,
     MAX_ROWS,
@@ -67,13 +68,14 @@ __all__ = [
     "Words",
     "decode_queue",
     "decode_words",
+    "find_mates",
     "group_rows",
     "queue_length",
 ]
 
 Words: TypeAlias = npt.NDArray[np.int32]
 
-CLUSTER_SIZES = (2, 4, 8)  # mates that may share a partial
+CLUSTER_SIZES = tuple(1 << i for i in range(1, MAX_MATES.bit_length()))  # mates of a partial
 QUEUE_STATE_WORDS = 32  # int32 words of the queue state
 TIMING_WORDS = 8  # int32 words of one instruction's timing record
 
@@ -84,6 +86,12 @@ _OPCODES = (
     OPCODE_MLA_REDUCTION,
     OPCODE_MLA_FILL,
 )
+
+
+def find_mates(words: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.intp], int]:
+    """Queue positions of mates, and how many the largest group has: 1 if there are none."""
+    counts = np.where(words[:, 0] == OPCODE_MLA_PARTIAL, words[:, 11], 0)
+    return np.flatnonzero(counts), max(1, int(counts.max(initial=0)))
 
 
 @dataclass(frozen=True)
