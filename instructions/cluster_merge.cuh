@@ -91,33 +91,17 @@ class ClusterMerge {
         };
     }
 
-    // By all consumers. Four columns of a thread's are in eight places, whatever the number of
-    // mates: where there are half as many, each has twice as many chunks.
+    // By all consumers.
     __device__ void merge() const {
         weigh();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         state.wait_cluster(kColumnsHere);
-        const int team = mk::ptx::thread_in_cta() / kTeamThreads;
-        const int col = mk::ptx::thread_in_cta() % kTeamThreads * 4;
-        const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(float));
-        const uint32_t step = kChunkBytes << chunks_log2();
-#pragma unroll 1
-        for (int row = team; row < work.num_rows; row += kTeams) {
-            float4 sum[kChunks];
-#pragma unroll
-            for (int i = 0; i < kChunks; ++i) {
-                const int mate = i >> chunks_log2(), chunk = i & num_chunks() - 1;
-                sum[i] = mk::ptx::load_smem_float4(columns + (mate * work.num_rows + row) * step +
-                                                   chunk * kChunkBytes);
-                scale(sum[i], weight(mate, row));
-            }
-#pragma unroll
-            for (int half = kChunks / 2; half > 0; half /= 2) {
-                if (half < num_chunks()) break;
-#pragma unroll
-                for (int i = 0; i < half; ++i) add(sum[i], sum[i + half]);
-            }
-            store(row, first_col(work.mate) + col, sum);
+        if (work.num_mates == 2) {
+            add_up<2>();
+        } else if (work.num_mates == 4) {
+            add_up<4>();
+        } else {
+            add_up<8>();
         }
     }
 
@@ -142,7 +126,6 @@ class ClusterMerge {
 
     // Chunks of 64 columns that a mate has.
     __device__ int chunks_log2() const { return kChunksLog2 - (31 - __clz(work.num_mates)); }
-    __device__ int num_chunks() const { return 1 << chunks_log2(); }
     __device__ int first_col(int mate) const { return mate << chunks_log2() + kChunkColumnsLog2; }
 
     // In the inbox: of each mate, all rows with the columns that are this CTA's; then the LSEs.
@@ -197,33 +180,56 @@ class ClusterMerge {
         return *reinterpret_cast<float*>(state.page(Pages::kQPages) + lse_offset(mate, row));
     }
 
-    // Where there is no weight there may be anything.
-    __device__ static void scale(float4& x, float weight) {
-        if (weight == 0.f) x = {0.f, 0.f, 0.f, 0.f};
-        x = {x.x * weight, x.y * weight, x.z * weight, x.w * weight};
+    // The number of mates is known to the compiler: this is executed for every row, and waits for
+    // its instructions. A row that saw no key has zeros.
+    template <int kMates>
+    __device__ void add_up() const {
+        constexpr int kOwnChunks = kChunks / kMates;
+        const int team = mk::ptx::thread_in_cta() / kTeamThreads;
+        const int col = mk::ptx::thread_in_cta() % kTeamThreads * 4;
+        const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(float));
+        const uint32_t of_mate = row_bytes(kOwnChunks * kChunkBytes);
+#pragma unroll 1
+        for (int row = team; row < work.num_rows; row += kTeams) {
+            const uint32_t from = columns + row * (kOwnChunks * kChunkBytes);
+            float4 sum[kOwnChunks] = {};
+#pragma unroll
+            for (int mate = 0; mate < kMates; ++mate) {
+                const float own = weight(mate, row);
+#pragma unroll
+                for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
+                    add(sum[chunk],
+                        own,
+                        mk::ptx::load_smem_float4(from + mate * of_mate + chunk * kChunkBytes));
+                }
+            }
+            store(row, first_col(work.mate) + col, sum);
+        }
     }
-    __device__ static void add(float4& x, const float4& y) {
-        x = {x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w};
+    __device__ static void add(float4& sum, float weight, const float4& x) {
+        sum.x += weight * x.x;
+        sum.y += weight * x.y;
+        sum.z += weight * x.z;
+        sum.w += weight * x.w;
     }
 
     // Four columns of each of the CTA's chunks.
-    __device__ void store(int row, int col, const float4 (&x)[kChunks]) const {
+    template <int kOwnChunks>
+    __device__ void store(int row, int col, const float4 (&x)[kOwnChunks]) const {
         if (writes_scratch(work.dst_batch)) {
             const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), row);
             float* to = g.o_scratch + at * kLatentDim + col;
 #pragma unroll
-            for (int i = 0; i < kChunks / 2; ++i) {
-                if (i < num_chunks()) store_16_bytes(to + i * kColumnChunk, x[i]);
-            }
+            for (int i = 0; i < kOwnChunks; ++i) store_16_bytes(to + i * kColumnChunk, x[i]);
             return;
         }
         const int64_t at = static_cast<int64_t>(work.flat_row(g, row)) * kLatentDim + col;
         Element* to = reinterpret_cast<Element*>(g.out) + at;
 #pragma unroll
-        for (int i = 0; i < kChunks / 2; ++i) {
+        for (int i = 0; i < kOwnChunks; ++i) {
             const uint2 rounded = {round_pair({x[i].x, x[i].y}, Element{}),
                                    round_pair({x[i].z, x[i].w}, Element{})};
-            if (i < num_chunks()) *reinterpret_cast<uint2*>(to + i * kColumnChunk) = rounded;
+            *reinterpret_cast<uint2*>(to + i * kColumnChunk) = rounded;
         }
     }
 };

@@ -55,6 +55,9 @@ struct PartialWords {
     // partials at the same time, each as its first instruction, neighbours in the queue.
     static constexpr int kNumMates = 11;
     static constexpr int kMate = 12;  // which of them this one is for
+    // 1 + the scratch slot of an earlier partial of the row group, over other keys, whose result
+    // joins this one's; 0: none. Not with mates.
+    static constexpr int kAdopted = 13;
 };
 
 // Merge of scratch slots of one row group, over a slice of rows and columns.

@@ -58,6 +58,7 @@ struct DecodePointers {
 };
 
 struct LaunchOptions {
+    bool instructions_are_constant = false;  // see mk::MegakernelArgs
     int tic = 0;
     mk::Grid grid{0};  // 0: one CTA per SM
     uint32_t timeout_us = 0;
@@ -282,6 +283,7 @@ class Decoder {
         if (!shared) shared = shared_globals(layout_, pointers);
         MlaGlobals& globals = *shared;
         set_addresses(globals, pointers);
+        globals.megakernel.instructions_are_constant = options.instructions_are_constant;
         globals.megakernel.tic = options.tic;
         globals.megakernel.timeout_us = options.timeout_us;
         globals.megakernel.failure = mk::FailureRecords::device(layout_.device);

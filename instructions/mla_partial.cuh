@@ -4,7 +4,7 @@
 //     loader     Q once, then KV tiles into a ring of pages, each as a left and a right half
 //     consumers  two warpgroups; where rows are few (up to 32), see narrow_consumer.cuh, where they
 //                are more (up to 64), wide_consumer.cuh
-//     launcher   half of the copies, where they are row by row
+//     launcher   half of the copies, where they are row by row; waits for what is adopted
 //     storer     raises the flag of the scratch slot that the consumers have written
 #pragma once
 
@@ -27,6 +27,7 @@ struct MlaPartial {
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals& g, int semaphore) {
             if (semaphore == Pages::kOutputStored) return Config::kNumConsumerWarps;
+            if (semaphore == Pages::kAdoptedHere) return 1;
             if (semaphore >= Pages::kKvEmpty) return kWarpgroupThreads / mk::kWarpThreads;
             if (semaphore >= Pages::kKvFull && copied_by_lanes(g)) return mk::kWarpThreads;
             return 1;
@@ -82,10 +83,15 @@ struct MlaPartial {
         __device__ static void run(const MlaGlobals& g, State& state) {
             if constexpr (!Config::kWholeTileBoxes) {
                 const PartialWork work(g, state.words());
-                if (!copied_by_lanes(g) || 2 * work.num_tiles <= Pages::kRing) return;
-                RowLoader kv(g, work, threadIdx.x % mk::kWarpThreads);
-                load_tiles(g, state, work, kv, mk::Role::kLauncher);
+                if (copied_by_lanes(g) && 2 * work.num_tiles > Pages::kRing) {
+                    RowLoader kv(g, work, threadIdx.x % mk::kWarpThreads);
+                    load_tiles(g, state, work, kv, mk::Role::kLauncher);
+                }
             }
+            const int adopted = state.word(PartialWords::kAdopted) - 1;
+            if (adopted < 0 || threadIdx.x % mk::kWarpThreads != 0) return;
+            state.wait_done_flag(&g.done_flags[adopted], adopted);
+            state.arrive(Pages::kAdoptedHere);
         }
     };
 

@@ -35,7 +35,9 @@ struct NarrowConsumer {
     struct Scratch {
         union {
             NarrowPTile<Element> p[kGroups];
-            float lse_log2[kNarrowRows];  // in the end, for the mates
+            // In the end:
+            float lse_log2[kNarrowRows];  // for the mates
+            float adopted[kNarrowRows];   // weights of the other partial
         };
         NarrowExchange exchange[kGroups];
         union {
@@ -165,6 +167,7 @@ struct NarrowConsumer {
         }
         finish_rows(g, state, work);
         merge(state, o, work.num_rows);
+        if (work.adopts()) add_adopted(g, state, o, work);
         if (work.is_shared()) {
             merge_with_mates(g, state, o);
         } else {
@@ -202,8 +205,15 @@ struct NarrowConsumer {
         const int row = mk::ptx::thread_in_cta() % kWarpgroupThreads;
         if (row >= work.num_rows) return;
         Scratch& shared = scratch(state);
-        const float top = fmaxf(shared.max[0][row], shared.max[1][row]);
-        float factor[kGroups], total = 0.f;
+        float top = fmaxf(shared.max[0][row], shared.max[1][row]);
+        float adopted_lse_log2 = -INFINITY;
+        if (work.adopts()) {
+            state.wait(Pages::kAdoptedHere, 0);
+            adopted_lse_log2 = __ldcg(&g.lse_log2_scratch[g.scratch_row(work.adopted, row)]);
+            top = fmaxf(top, adopted_lse_log2);
+        }
+        const float adopted = mk::ptx::exp2_approx(adopted_lse_log2 - RowState::finite(top));
+        float factor[kGroups], total = adopted;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
             factor[group] = mk::ptx::exp2_approx(shared.max[group][row] - RowState::finite(top));
@@ -228,6 +238,27 @@ struct NarrowConsumer {
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
         shared.factor[0][row] = factor[0] * inverse;
         shared.factor[1][row] = factor[1] * inverse;
+        if (work.adopts()) shared.adopted[row] = adopted * inverse;
+    }
+
+    // The warpgroup's columns of another partial's result.
+    __device__ static void add_adopted(const MlaGlobals& g,
+                                       const State& state,
+                                       NarrowOutput& o,
+                                       const PartialWork& work) {
+        const float* from = g.o_scratch + g.scratch_row(work.adopted, 0) * kLatentDim +
+                            group() * kHalfLatent + fragment_row();
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) {
+            const int row = thread_row(r);
+            if (row >= work.num_rows) continue;
+            const float weight = scratch(state).adopted[row];
+#pragma unroll
+            for (int i = 0; i < 2 * kHalfBlocks; ++i) {
+                element(o.block[i / 2], r, i % 2) +=
+                    weight * __ldcg(&from[row * kLatentDim + i / 2 * kBlockCols + i % 2 * 8]);
+            }
+        }
     }
 
     // The warpgroups give each other the columns that they do not write, thread by thread: sixteen

@@ -14,6 +14,7 @@ struct PartialWork {
     TokenSpan tokens;
     int first_row, num_rows;  // of the sequence
     int num_mates, mate;      // see cluster_merge.cuh
+    int adopted;              // scratch slot, see PartialWords::kAdopted; -1: none
 
     __device__ PartialWork(const MlaGlobals& g, const int32_t* words) {
         dst_batch = words[Words::kDstBatch];
@@ -28,7 +29,9 @@ struct PartialWork {
         num_tiles = num_tiles_of(words);
         num_mates = words[Words::kNumMates];
         mate = words[Words::kMate];
+        adopted = words[Words::kAdopted] - 1;
     }
+    __device__ bool adopts() const { return adopted >= 0; }
     __device__ bool is_shared() const { return num_mates > 1; }
     // Beyond these a partial needs no page; one that is shared keeps them all to its end.
     __device__ static int num_tiles_kept(const int32_t* words) {
@@ -86,6 +89,7 @@ struct PartialPages {
         kKvFull,                             // see full()
         kKvEmpty = kKvFull + kFullBarriers,  // + place
         kOutputStored = kKvEmpty + kRing,
+        kAdoptedHere,  // the result that joins this one's
         kNumSemaphores,
     };
 

@@ -92,11 +92,18 @@ class WideConsumer {
         for (; tile < num_tiles; tile += kGroups) {
             Scores s;
             const int own_half = Pages::half_tile(tile, group), other_half = own_half ^ 1;
+            bool holds_others = tile > 0;
+            uint32_t others = 0;
+            if (tile > 0 && g.kv_policy == mk::ptx::kEvictFirst && comes_late(own_half)) {
+                others = emptied(tile - 1);
+                add_others(tile - 1);
+                kittens::warpgroup::mma_async_wait();
+                let_go(others);
+                holds_others = false;
+            }
             Pages::wait_half(g, state, own_half);
             multiply_scores<Element, true>(s, q_own, HalfK(own_page));
             kittens::warpgroup::mma_commit_group();
-            bool holds_others = tile > 0;
-            uint32_t others = 0;
             if (holds_others) {
                 others = emptied(tile - 1);
                 add_others(tile - 1);
@@ -123,6 +130,12 @@ class WideConsumer {
         publish_sums();
         kittens::warpgroup::mma_async_wait();
         let_go(others);
+    }
+
+    // All of the warpgroup have to know.
+    __device__ bool comes_late(int half_tile) const {
+        return mk::ptx::named_barrier_any(
+            warpgroup_barrier(group), kWarpgroupThreads, !Pages::is_there(state, half_tile));
     }
 
     // The other one has written P after it had all of the tile.
@@ -214,6 +227,7 @@ class WideConsumer {
         const Scratch& shared = scratch();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         for (int i = 0; i < 2; ++i) rows.sum[i] += shared.sum[1 - group][row + 8 * i];
+        if (work.adopts()) adopt(work);
         // Nobody reads Q any more: its pages are for the output now.
         if (work.is_shared()) {
             merge_with_mates(work);
@@ -231,6 +245,37 @@ class WideConsumer {
         if (!is_first_lane()) return;
         state.release_page(group, 1);
         state.arrive(Pages::kOutputStored);
+    }
+
+    // Another partial's result counts as one more tile, with sums of 1.
+    __device__ void adopt(const PartialWork& work) {
+        state.wait(Pages::kAdoptedHere, 0);
+        const int64_t first_row = g.scratch_row(work.adopted, 0);
+        const float* from = g.o_scratch + first_row * kLatentDim + group * kHalfLatent;
+        int at[2];  // of this thread's first columns
+        float to[2], weight[2];
+        for (int i = 0; i < 2; ++i) {
+            const int own = min(row + 8 * i, work.num_rows - 1);
+            at[i] = own * kLatentDim + mk::ptx::thread_in_cta() % 4 * 2;
+            weight[i] = __ldcg(&g.lse_log2_scratch[first_row + own]);
+            to[i] = fmaxf(rows.max[i], weight[i]);
+        }
+        rows.move_max(to).apply(o);
+        for (int i = 0; i < 2; ++i) {
+            weight[i] = mk::ptx::exp2_approx(weight[i] - RowState::finite(to[i]));
+            rows.sum[i] += weight[i];
+        }
+#pragma unroll
+        for (int tile = 0; tile < Accumulator::width; ++tile) {
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                const float* place = from + at[part % 2] + tile * 16 + part / 2 * 8;
+                const auto others = __ldcg(reinterpret_cast<const float2*>(place));
+                float2& own = o.tiles[0][tile].data[part];
+                own.x += others.x * weight[part % 2];
+                own.y += others.y * weight[part % 2];
+            }
+        }
     }
 
     __device__ void merge_with_mates(const PartialWork& work) const {

@@ -60,6 +60,9 @@ inline constexpr int kTimingWords = 8;
 struct MegakernelArgs {
     const int32_t* instructions;  // [num_instructions, 32]
     int32_t num_instructions;
+    // No kernel before this one in the stream writes the instructions: they may be read while such
+    // kernels still run.
+    bool instructions_are_constant;
     int32_t tic;  // >= 0, added to the epoch
     QueueState* queue;
     FailureRecord* failure;  // device address of the pinned record

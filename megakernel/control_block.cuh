@@ -32,10 +32,11 @@ struct ControlBlock {
     uint64_t retired[Config::kInstructionRing];       // every role is done with it
     uint64_t loads_issued[Config::kInstructionRing];  // the next one may be fetched
     uint64_t page_free[Config::kNumSmemPages];        // the instruction before has let go of it
+    uint64_t epoch_known;
     // For what CTAs of a cluster do together in their first instruction.
     uint64_t cluster_barriers[Config::kNumClusterBarriers];
 
-    int32_t epoch;
+    int32_t epoch;                    // see State::epoch
     int32_t wait_of_role[kNumRoles];  // what it waits for, see Watchdog::note; 0: nothing
     CtaFailure failure;
 
@@ -66,6 +67,16 @@ template <class Config>
 __device__ __forceinline__ ControlBlock<Config>& control_block() {
     return *reinterpret_cast<ControlBlock<Config>*>(smem_base() +
                                                     SmemLayout<Config>::kControlOffset);
+}
+
+// What a launch marks its flags with. The controller reads it behind the kernels before this one,
+// while the first instruction runs.
+template <class Config>
+__device__ __forceinline__ int32_t launch_epoch() {
+    ControlBlock<Config>& control = control_block<Config>();
+    while (!ptx::mbar_try_wait(ptx::smem_address(&control.epoch_known), 0)) {
+    }
+    return control.epoch;
 }
 
 }  // namespace mk

@@ -36,6 +36,7 @@ class Controller {
     // Decodes the CTA's first instruction, before its other warps run.
     template <class Globals>
     __device__ static void begin(const Globals& globals) {
+        if (!globals.megakernel.instructions_are_constant) ptx::wait_for_earlier_kernels();
         State<Config> state(globals.megakernel, Role::kController);
         const int ticket = static_cast<int>(blockIdx.x);
         decode(globals, state, ticket, fetch_word(globals.megakernel, ticket));
@@ -45,7 +46,13 @@ class Controller {
     __device__ static void run(const Globals& globals, State<Config>& state) {
         const MegakernelArgs& args = globals.megakernel;
         const bool is_first_lane = threadIdx.x % kWarpThreads == 0;
+        ptx::wait_for_earlier_kernels();
+        if (is_first_lane) begin_epoch(args);
         while (state.opcode() != kOpcodeEndOfQueue) {
+            if (!is_known(state.opcode())) {
+                if (is_first_lane) refuse(state);
+                break;
+            }
             wait_prefetch_gate(state);
             int ticket = 0;
             if (is_first_lane) ticket = draw_ticket(args.queue);
@@ -55,11 +62,33 @@ class Controller {
             if (!retire_slot(state)) break;
             decode(globals, state, ticket, word);
         }
-        if (is_first_lane) leave_queue(args.queue, state.control().epoch);
+        if (is_first_lane) leave_queue(args.queue, launch_epoch<Config>());
         watch_the_rest(state);
     }
 
   private:
+    __device__ static bool is_known(int32_t opcode) {
+        return Ops::visit(opcode, []<class Op>(std::type_identity<Op>) {});
+    }
+    // The other roles end there too.
+    __device__ static void refuse(const State<Config>& state) {
+        const int slot = state.slot();
+        state.watchdog().raise(Role::kController,
+                               slot,
+                               WaitKind::kBadOpcode,
+                               slot,
+                               0,
+                               state.opcode(),
+                               Watchdog<Config>::kHere);
+    }
+
+    // Every launch has an epoch of its own, later than the last one's by 1 + tic.
+    __device__ static void begin_epoch(const MegakernelArgs& args) {
+        ControlBlock<Config>& control = control_block<Config>();
+        control.epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
+        ptx::mbar_arrive(ptx::smem_address(&control.epoch_known));
+    }
+
     // An instruction, counted as this CTA runs them, is done.
     __device__ static bool wait_retired(const State<Config>& state, int index) {
         const int slot = index % Config::kInstructionRing;
@@ -114,28 +143,16 @@ class Controller {
         control.words[slot][lane] = word;
         if (lane == 0) control.ticket[slot] = ticket;
         __syncwarp();
-        const bool known =
-            opcode == kOpcodeEndOfQueue ||
-            Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
-                static_assert(Op::kNumSemaphores <= Config::kSemaphoresPerInstruction);
-                // By one lane: the hardware takes mbarriers to build from one lane after the other.
-                if (!ptx::elect_lane()) return;
+        Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
+            static_assert(Op::kNumSemaphores <= Config::kSemaphoresPerInstruction);
+            // By one lane: the hardware takes mbarriers to build from one lane after the other.
+            if (!ptx::elect_lane()) return;
 #pragma unroll
-                for (int i = 0; i < Op::kNumSemaphores; ++i) {
-                    ptx::mbar_init(state.semaphore(i), Op::Controller::arrival_count(globals, i));
-                }
-                control.num_semaphores[slot] = Op::kNumSemaphores;
-            });
-        if (!known && lane == 0) {
-            state.watchdog().raise(Role::kController,
-                                   slot,
-                                   WaitKind::kBadOpcode,
-                                   slot,
-                                   0,
-                                   opcode,
-                                   Watchdog<Config>::kHere);
-            control.words[slot][kWordOpcode] = kOpcodeEndOfQueue;
-        }
+            for (int i = 0; i < Op::kNumSemaphores; ++i) {
+                ptx::mbar_init(state.semaphore(i), Op::Controller::arrival_count(globals, i));
+            }
+            control.num_semaphores[slot] = Op::kNumSemaphores;
+        });
         if (opcode != kOpcodeEndOfQueue && lane == 0) {
             state.record(TimingWord::kFetched);
             if constexpr (Config::kTimings) {

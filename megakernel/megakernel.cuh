@@ -21,6 +21,7 @@ __device__ void init_control_block() {
     for (int page = 0; page < Config::kNumSmemPages; ++page) {
         ptx::mbar_init(ptx::smem_address(&control.page_free[page]), Config::kPageReleaseArrivals);
     }
+    ptx::mbar_init(ptx::smem_address(&control.epoch_known), 1);
     for (uint64_t& barrier : control.cluster_barriers) {
         ptx::mbar_init(ptx::smem_address(&barrier), kMaxClusterCtas);
     }
@@ -45,20 +46,14 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
 
     const int warp = threadIdx.x / kWarpThreads;
     const Role role = role_of_warp<Config>(warp);
-    // Up to the wait nothing that an earlier kernel may have written is touched.
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
     if (role == Role::kController) init_control_block<Config>();
     __syncwarp();
     ptx::cluster_arrive();
-    ptx::wait_for_earlier_kernels();
-
-    // Two round trips to memory, side by side: the first instruction, and the epoch. Every launch
-    // has an epoch of its own, later than the last one's by 1 + tic.
+    // Earlier kernels may still run. What they may have written each role waits for when it has its
+    // first instruction.
     if (role == Role::kController) Controller<Config, Ops>::begin(globals);
-    if (threadIdx.x == 0) {
-        control_block<Config>().epoch = ptx::load_relaxed_gpu(&args.queue->epoch) + 1 + args.tic;
-    }
     ptx::cluster_wait();  // for mbarriers of the other CTAs
     __syncthreads();
 

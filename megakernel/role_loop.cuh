@@ -36,15 +36,16 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
                 ptx::smem_address(&control.decoded[slot]), parity, WaitKind::kInstruction, slot)) {
             break;
         }
-        const int32_t opcode = state.opcode();
-        if (opcode == kOpcodeEndOfQueue) break;
-        Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
+        // The end of the queue is no opcode, nor is what the controller refuses.
+        const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
+            if (state.index() == 0) ptx::wait_for_earlier_kernels();
             RoleOf<kRole, Op>::run(globals, state);
             __syncwarp();
             if (kRole == Op::kPrefetchGate && is_first_lane()) {
                 ptx::mbar_arrive(ptx::smem_address(&control.loads_issued[slot]));
             }
         });
+        if (!known) break;
         if (is_first_lane()) {
             state.watchdog().clear_note();
             ptx::mbar_arrive(ptx::smem_address(&control.retired[slot]));

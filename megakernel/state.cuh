@@ -101,7 +101,7 @@ class State {
 
     // Waits until the flag carries this launch's epoch, then sees what was written before it.
     __device__ bool wait_done_flag(const int32_t* flag, int index) const {
-        const int32_t epoch = control().epoch;
+        const int32_t epoch = launch_epoch<Config>();
         for (uint32_t start = 0;;) {
             const int32_t seen = ptx::load_acquire_gpu(flag);
             if (seen == epoch) return true;
@@ -119,7 +119,7 @@ class State {
     __device__ bool watch_done_flags(
         const int32_t* flags, int own, bool waits, bool known, Use use) const {
         constexpr int kPauseNs = 100;  // hundreds of warps may look at one line
-        const int32_t epoch = control().epoch;
+        const int32_t epoch = launch_epoch<Config>();
         for (uint32_t start = 0;;) {
             const int32_t seen = waits && !known ? ptx::load_acquire_gpu(&flags[own]) : epoch;
             if (waits && seen == epoch) {
@@ -139,7 +139,7 @@ class State {
     // Raises a flag for all that this thread wrote, and all that it has seen written.
     __device__ void raise_done_flag(int32_t* flag) const {
         ptx::fence_acq_rel_gpu();
-        ptx::store_relaxed_gpu(flag, control().epoch);
+        ptx::store_relaxed_gpu(flag, launch_epoch<Config>());
     }
 
     __device__ bool failed() const { return watchdog_.failed(); }

@@ -53,7 +53,7 @@ class Watchdog {
         const uint32_t limit =
             kind == WaitKind::kDoneFlag ? args_.timeout_us : 2 * args_.timeout_us;
         const bool other_failed =
-            ptx::load_relaxed_gpu(&args_.queue->failed_epoch) == control().epoch;
+            ptx::load_relaxed_gpu(&args_.queue->failed_epoch) == launch_epoch<Config>();
         if (!other_failed && elapsed < limit) return false;
         const Cause cause = other_failed ? kElsewhere : kHere;
         if (role_ != Role::kController || !blame_role(cause)) {
@@ -75,7 +75,7 @@ class Watchdog {
         failure.index = index;
         failure.expected = expected;
         failure.seen = seen;
-        ptx::store_relaxed_gpu(&args_.queue->failed_epoch, control().epoch);
+        ptx::store_relaxed_gpu(&args_.queue->failed_epoch, launch_epoch<Config>());
     }
 
   private:

@@ -32,6 +32,10 @@ struct CostModel {
     double mates_fixed_us = 1.0;
     double mates_kib_us = 0.03;
 
+    // What a partial takes longer that adopts another's result; and one KiB of that (2 KiB a row).
+    double adopt_fixed_us = 1.3;
+    double adopt_kib_us = 0.025;
+
     // One 64-token KV tile (73,728 bytes): the time that the memory system needs when
     // it does nothing else. SMs that stream at once share it.
     double partial_tile_us = 0.01603;  // 73,728 B at 4.6 TB/s
@@ -80,6 +84,8 @@ inline constexpr CostField kCostFields[] = {
     {"partial_store_kib_us", &CostModel::partial_store_kib_us},
     {"mates_fixed_us", &CostModel::mates_fixed_us},
     {"mates_kib_us", &CostModel::mates_kib_us},
+    {"adopt_fixed_us", &CostModel::adopt_fixed_us},
+    {"adopt_kib_us", &CostModel::adopt_kib_us},
     {"partial_tile_us", &CostModel::partial_tile_us},
     {"partial_tile_compute_us", &CostModel::partial_tile_compute_us},
     {"partial_tile_contention_us", &CostModel::partial_tile_contention_us},

@@ -43,6 +43,8 @@ void append_pieces(Cut& cut, int sequence, int tiles, int count) {
 
 Cut cut_into(const Problem& problem, const std::vector<int32_t>& counts) {
     Cut cut;
+    cut.first_piece.reserve(counts.size() + 1);
+    cut.pieces.reserve(std::accumulate(counts.begin(), counts.end(), size_t{0}));
     cut.first_piece.push_back(0);
     for (int sequence = 0; sequence < problem.num_sequences(); ++sequence) {
         append_pieces(cut, sequence, problem.num_tiles(sequence), counts[sequence]);
@@ -128,6 +130,7 @@ struct Line {
     int row_groups = 0;
     int num_gangs = 0;
     std::vector<int32_t> sequences;
+    std::vector<int32_t> tiles;  // of each
 };
 
 std::vector<Line> lines_of(const Problem& problem, LineOrder order) {
@@ -144,14 +147,13 @@ std::vector<Line> lines_of(const Problem& problem, LineOrder order) {
         Line& line = by_groups[problem.row_groups(sequence)];
         line.row_groups = problem.row_groups(sequence);
         line.sequences.push_back(sequence);
-        all_work += static_cast<double>(problem.num_tiles(sequence)) * line.row_groups;
+        line.tiles.push_back(problem.num_tiles(sequence));
+        all_work += static_cast<double>(line.tiles.back()) * line.row_groups;
     }
     std::vector<Line> lines;
     for (auto& [row_groups, line] : by_groups) {
         double work = 0.0;
-        for (const int32_t sequence : line.sequences) {
-            work += static_cast<double>(problem.num_tiles(sequence)) * row_groups;
-        }
+        for (const int32_t tiles : line.tiles) work += static_cast<double>(tiles) * row_groups;
         line.num_gangs =
             std::max(1, static_cast<int>(problem.num_workers * (work / all_work) / row_groups));
         lines.push_back(std::move(line));
@@ -159,57 +161,66 @@ std::vector<Line> lines_of(const Problem& problem, LineOrder order) {
     return lines;
 }
 
+struct GangPiece {
+    Piece piece;
+    int32_t gang;
+    bool whole;  // of its sequence: no reduction waits for it
+};
+
 // Walks a line and hands out tiles to one gang after the other.
 class LineCutter {
   public:
-    LineCutter(const Problem& problem,
-               const CostModel& cost,
-               double tile_us,
-               int min_tiles,
-               const Line& line)
-        : problem_(problem),
-          cost_(cost),
-          num_gangs_(line.num_gangs),
-          min_tiles_(min_tiles),
-          tile_us_(tile_us),
-          line_(line.sequences) {}
+    LineCutter(const CostModel& cost, double tile_us, int min_tiles, const Line& line)
+        : cost_(cost), tile_us_(tile_us), min_tiles_(min_tiles), line_(line) {}
 
-    struct GangPiece {
-        Piece piece;
-        int32_t gang;
-        bool whole;  // of its sequence: no reduction waits for it
-    };
-
-    std::vector<GangPiece> cut() {
+    // Appends the pieces. False if there is no such cut.
+    bool cut(int32_t first_gang, std::vector<GangPiece>& pieces) const {
+        const auto [least_fixed_us, most_fixed_us] =
+            std::minmax(cost_.partial_fixed_us, cost_.partial_next_us);
+        double least_us = 0.0;
         double total_us = tile_us_;  // against rounding
-        for (const int32_t sequence : line_) {
-            total_us += std::max(cost_.partial_fixed_us, cost_.partial_next_us) +
-                        problem_.num_tiles(sequence) * tile_us_;
+        for (const int32_t tiles : line_.tiles) {
+            least_us += least_fixed_us + tiles * tile_us_;
+            total_us += most_fixed_us + tiles * tile_us_;
         }
+        // A full gang leaves less than a fixed cost and 2 * min_tiles_ tiles of its time unused,
+        // and what it leaves of a sequence has another fixed cost.
+        const double wasted_us = 2 * (most_fixed_us + min_tiles_ * tile_us_);
+        // For many capacities the sums tell, without a walk.
+        const auto fits = [&](double capacity_us) {
+            if (line_.num_gangs * capacity_us < least_us * (1 - kMargin)) return false;
+            if ((line_.num_gangs - 1) * (capacity_us - wasted_us) > total_us * (1 + kMargin)) {
+                return true;
+            }
+            return walk(capacity_us, [](const GangPiece&) {});
+        };
         double infeasible_us = 0.0;
         double feasible_us = total_us;  // one gang could do it all
         for (int i = 0; i < kBisections; ++i) {
             const double middle_us = (infeasible_us + feasible_us) / 2;
-            (walk(middle_us, [](const GangPiece&) {}) ? feasible_us : infeasible_us) = middle_us;
+            (fits(middle_us) ? feasible_us : infeasible_us) = middle_us;
         }
-        std::vector<GangPiece> pieces;
+        pieces.reserve(pieces.size() + line_.sequences.size() + line_.num_gangs);
         // Times that differ by more than a double's precision can defeat even one gang.
-        if (!walk(feasible_us, [&pieces](const GangPiece& piece) { pieces.push_back(piece); })) {
-            pieces.clear();
-        }
-        return pieces;
+        return walk(feasible_us, [&](GangPiece piece) {
+            piece.gang += first_gang;
+            pieces.push_back(piece);
+        });
     }
 
   private:
+    static constexpr double kMargin = 1e-9;  // far above the rounding errors of sums
+
     template <class Emit>
     bool walk(double capacity_us, Emit&& emit) const {
         int32_t gang = 0;
         double used_us = 0.0;
-        for (const int32_t sequence : line_) {
-            const int32_t tiles = problem_.num_tiles(sequence);
+        for (size_t i = 0; i < line_.tiles.size(); ++i) {
+            const int32_t sequence = line_.sequences[i];
+            const int32_t tiles = line_.tiles[i];
             int32_t begin = 0;
             while (begin < tiles) {
-                if (gang == num_gangs_) return false;
+                if (gang == line_.num_gangs) return false;
                 const double fixed_us =
                     used_us == 0.0 ? cost_.partial_fixed_us : cost_.partial_next_us;
                 const double room = (capacity_us - used_us - fixed_us) / tile_us_;
@@ -234,13 +245,71 @@ class LineCutter {
         return true;
     }
 
-    const Problem& problem_;
     const CostModel& cost_;
-    const int num_gangs_;
-    const int min_tiles_;
     const double tile_us_;
-    const std::vector<int32_t>& line_;
+    const int min_tiles_;
+    const Line& line_;
 };
+
+// f(first, last) for the pieces of each gang.
+template <class F>
+void for_each_gang(std::vector<GangPiece>& line, F f) {
+    for (auto first = line.begin(); first != line.end();) {
+        const auto last = std::find_if(
+            first, line.end(), [first](const GangPiece& each) { return each.gang != first->gang; });
+        f(first, last);
+        first = last;
+    }
+}
+
+// When pieces run, if gangs start together and each runs its own in their order.
+struct PieceTimes {
+    std::vector<double> start_us, end_us;
+};
+
+// Puts the pieces into the cut. Those of a sequence are on one gang after the other, so in their
+// order.
+PieceTimes run_gangs(const CostModel& cost,
+                     double tile_us,
+                     std::vector<GangPiece>& line,
+                     Cut& cut) {
+    std::vector<int32_t> next_piece = cut.first_piece;
+    cut.pieces.resize(line.size());
+    PieceTimes times{std::vector<double>(line.size()), std::vector<double>(line.size())};
+    for_each_gang(line, [&](auto first, auto last) {
+        double gang_us = 0.0;
+        for (auto each = first; each != last; ++each) {
+            const int32_t piece = next_piece[each->piece.sequence]++;
+            cut.pieces[piece] = each->piece;
+            times.start_us[piece] = gang_us;
+            gang_us += cost.partial_next_us + num_tiles(each->piece) * tile_us;
+            times.end_us[piece] = gang_us;
+        }
+    });
+    return times;
+}
+
+// Of sequences that are cut in two, the first piece adopts the second one's result where that is
+// there in time. False, and none does, unless that spares most split sequences a reduction: who
+// adopts ends late, and the reductions of the others find fewer workers.
+bool adopt_most(const CostModel& cost, const PieceTimes& times, Cut& cut) {
+    int num_split = 0;
+    std::vector<int32_t> adopted;
+    for (size_t sequence = 0; sequence + 1 < cut.first_piece.size(); ++sequence) {
+        const int32_t head = cut.first_piece[sequence], tail = head + 1;
+        const int num_pieces = cut.num_pieces(static_cast<int>(sequence));
+        num_split += num_pieces > 1;
+        // Earlier in the queue, too.
+        if (num_pieces == 2 && times.start_us[tail] < times.start_us[head] &&
+            times.end_us[tail] + cost.dependency_us + cost.adopt_fixed_us <= times.end_us[head]) {
+            adopted.push_back(tail);
+        }
+    }
+    constexpr double kMost = 0.6;
+    if (static_cast<double>(adopted.size()) <= kMost * num_split) return false;
+    for (const int32_t tail : adopted) cut.pieces[tail].is_adopted = true;
+    return true;
+}
 
 }  // namespace
 
@@ -333,52 +402,34 @@ Cut cut_line(const Problem& problem, const CostModel& cost, int min_tiles, LineO
     int num_streams = 0;
     for (const Line& line : lines) num_streams += line.num_gangs * line.row_groups;
     const double tile_us = cost.tile_us(num_streams, problem.kv_sharing);
-    std::vector<LineCutter::GangPiece> line;
+    std::vector<GangPiece> line;
     int32_t first_gang = 0;
     for (const Line& own : lines) {
-        const auto pieces = LineCutter(problem, cost, tile_us, min_tiles, own).cut();
-        if (pieces.empty()) return {};
-        for (LineCutter::GangPiece piece : pieces) {
-            piece.gang += first_gang;
-            line.push_back(piece);
-        }
+        if (!LineCutter(cost, tile_us, min_tiles, own).cut(first_gang, line)) return {};
         first_gang += own.num_gangs;
     }
 
-    // A gang runs pieces that somebody waits for before whole sequences, so that their
-    // reductions overlap with the rest of the work.
-    std::stable_sort(line.begin(), line.end(), [](const auto& a, const auto& b) {
-        return a.gang != b.gang ? a.gang < b.gang : a.whole < b.whole;
-    });
-    std::vector<double> start_us(line.size(), 0.0);
-    for (size_t i = 1; i < line.size(); ++i) {
-        if (line[i].gang != line[i - 1].gang) continue;
-        start_us[i] =
-            start_us[i - 1] + cost.partial_next_us + num_tiles(line[i - 1].piece) * tile_us;
-    }
-
-    std::vector<int32_t> by_position(line.size());
-    std::iota(by_position.begin(), by_position.end(), 0);
-    std::sort(by_position.begin(), by_position.end(), [&line](int32_t a, int32_t b) {
-        const Piece& left = line[a].piece;
-        const Piece& right = line[b].piece;
-        return left.sequence != right.sequence ? left.sequence < right.sequence
-                                               : left.begin_tile < right.begin_tile;
-    });
-
     Cut cut;
     cut.first_piece.assign(problem.num_sequences() + 1, 0);
-    for (const int32_t i : by_position) {
-        cut.pieces.push_back(line[i].piece);
-        ++cut.first_piece[line[i].piece.sequence + 1];
-    }
+    for (const GangPiece& each : line) ++cut.first_piece[each.piece.sequence + 1];
     std::partial_sum(cut.first_piece.begin(), cut.first_piece.end(), cut.first_piece.begin());
 
+    // On the line a gang's pieces are a tail, whole sequences, and a head, which can adopt its
+    // tail.
+    PieceTimes times = run_gangs(cost, tile_us, line, cut);
+    if (!adopt_most(cost, times, cut)) {
+        // Pieces that a reduction waits for come before whole sequences.
+        for_each_gang(line, [](auto first, auto last) {
+            std::stable_partition(first, last, [](const GangPiece& each) { return !each.whole; });
+        });
+        times = run_gangs(cost, tile_us, line, cut);
+    }
     cut.start_order.resize(line.size());
     std::iota(cut.start_order.begin(), cut.start_order.end(), 0);
-    std::stable_sort(cut.start_order.begin(), cut.start_order.end(), [&](int32_t a, int32_t b) {
-        return start_us[by_position[a]] < start_us[by_position[b]];
-    });
+    std::stable_sort(
+        cut.start_order.begin(), cut.start_order.end(), [&times](int32_t a, int32_t b) {
+            return times.start_us[a] < times.start_us[b];
+        });
     return cut;
 }
 

@@ -17,7 +17,8 @@ struct Piece {
     int32_t sequence;
     int32_t begin_tile;
     int32_t end_tile;
-    int32_t num_mates = 1;  // workers of a cluster that share it, for each row group
+    int32_t num_mates = 1;    // workers of a cluster that share it, for each row group
+    bool is_adopted = false;  // by the sequence's first piece; this is the last one then
 };
 
 struct Cut {
@@ -33,6 +34,18 @@ struct Cut {
         return most;
     }
     int num_pieces(int sequence) const { return first_piece[sequence + 1] - first_piece[sequence]; }
+    bool adopts(int sequence) const {
+        return num_pieces(sequence) > 0 && pieces[first_piece[sequence + 1] - 1].is_adopted;
+    }
+    // That the pieces of a sequence leave to merge.
+    int num_results(int sequence) const { return num_pieces(sequence) - adopts(sequence); }
+    bool merges_nothing() const {
+        const int num_sequences = static_cast<int>(first_piece.size()) - 1;
+        for (int i = 0; i < num_sequences; ++i) {
+            if (num_results(i) > 1) return false;
+        }
+        return true;
+    }
 };
 
 // One piece per sequence, the longest first.

@@ -5,8 +5,7 @@
 // own code.)
 //
 //   read     lengths and rows of every sequence; bad lengths are clamped, counted
-//   choose   the length of even pieces; or that of mates' shares, where they need no merging; or
-//   one
+//   choose   the length of even pieces; or of mates' shares, where none need be merged; or one
 //            line of all sequences, cut into equal shares
 //   cut      pieces and reductions of every sequence, and their places
 //   sort     partials, the longest first, or those with the most mates

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <utility>
 
 #include "scheduler/task_cost.h"
 
@@ -40,17 +42,18 @@ int num_slices(const SliceSize& size, int num_rows) {
 
 // Finer steps on the same way: 1, 2, 3, 4, 6, 8, 12, ... slices of rows, then of single rows. The
 // odd steps, and those of single rows, are the ones above.
-bool fine_slice_size(int step, int num_rows, SliceSize& size) {
-    int slices = 1;
-    for (; step > 0 && slices < num_rows; --step) {
+std::vector<SliceSize> fine_slice_sizes(int num_rows) {
+    std::vector<SliceSize> sizes;
+    sizes.reserve(16);  // those of 64 rows
+    for (int slices = 1; slices < num_rows;) {
+        sizes.push_back({ceil_div(num_rows, slices), kLatentDim});
         const bool is_power = (slices & (slices - 1)) == 0;
         slices = slices == 1 ? 2 : is_power ? slices / 2 * 3 : slices / 3 * 4;
     }
-    int chunks = kColumnChunks;
-    for (; step > 0 && chunks > 1; --step) chunks /= 2;
-    if (step > 0) return false;
-    size = {ceil_div(num_rows, std::min(slices, num_rows)), chunks * kColumnChunk};
-    return true;
+    for (int chunks = kColumnChunks; chunks >= 1; chunks /= 2) {
+        sizes.push_back({1, chunks * kColumnChunk});
+    }
+    return sizes;
 }
 
 SliceSize invariant_slices(int num_inputs, int num_rows) {
@@ -76,7 +79,7 @@ class ReductionLowering {
         for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
             if (!is_split(sequence)) continue;
             rows_to_merge_ +=
-                int64_t{cut_.num_pieces(sequence)} * problem_.sequences[sequence].num_rows;
+                int64_t{cut_.num_results(sequence)} * problem_.sequences[sequence].num_rows;
         }
         int32_t first_partial = 0;
         for (int sequence = 0; sequence < problem_.num_sequences(); ++sequence) {
@@ -86,7 +89,7 @@ class ReductionLowering {
     }
 
   private:
-    bool is_split(int sequence) const { return cut_.num_pieces(sequence) > 1; }
+    bool is_split(int sequence) const { return cut_.num_results(sequence) > 1; }
 
     void add_sequence(int sequence, int32_t first_partial) {
         const int row_groups = problem_.row_groups(sequence);
@@ -101,9 +104,8 @@ class ReductionLowering {
                 add_tree(cut_.trees[sequence], first_partial + group, row_groups, task);
                 continue;
             }
-            const int pieces = cut_.num_pieces(sequence);
             task.to_output = true;
-            add_merge({first_partial + group, pieces, row_groups}, task);
+            add_merge({first_partial + group, cut_.num_results(sequence), row_groups}, task);
         }
     }
 
@@ -139,14 +141,11 @@ class ReductionLowering {
         graph_.merges.push_back(merge);
     }
 
-    // Neighbouring sequences are often alike.
+    // Sequences are often alike.
     SliceSize slices_of(int num_inputs, int num_rows) {
-        if (num_inputs != last_num_inputs_ || num_rows != last_num_rows_) {
-            last_num_inputs_ = num_inputs;
-            last_num_rows_ = num_rows;
-            last_size_ = choose_slices(num_inputs, num_rows);
-        }
-        return last_size_;
+        const auto [known, is_new] = sizes_.try_emplace({num_inputs, num_rows});
+        if (is_new) known->second = choose_slices(num_inputs, num_rows);
+        return known->second;
     }
 
     SliceSize choose_slices(int num_inputs, int num_rows) const {
@@ -170,8 +169,10 @@ class ReductionLowering {
         SliceSize best{num_rows, kLatentDim};
         double best_us = 0.0;
         int best_step = 0;
-        SliceSize size{};
-        for (int step = 0; fine_slice_size(step, num_rows, size); ++step) {
+        const std::vector<SliceSize> fine_sizes = fine_slice_sizes(num_rows);
+        const int num_steps = static_cast<int>(fine_sizes.size());
+        for (int step = 0; step < num_steps; ++step) {
+            const SliceSize& size = fine_sizes[step];
             const bool is_fine = step > 0 && step % 2 == 0 && size.num_rows > 1;
             if (is_fine && options_.rule != SliceRule::kFittedFinely) continue;
             const double rounds =
@@ -185,8 +186,8 @@ class ReductionLowering {
             }
         }
         // A scale that leaves the range changes nothing.
-        if (fine_slice_size(std::max(0, best_step + options_.steps), num_rows, size)) best = size;
-        return best;
+        const int step = std::max(0, best_step + options_.steps);
+        return step < num_steps ? fine_sizes[step] : best;
     }
 
     double slice_us(int num_inputs, const SliceSize& size, bool follows) const {
@@ -198,10 +199,8 @@ class ReductionLowering {
     const Cut& cut_;
     const SliceOptions options_;
     TaskGraph& graph_;
-    int64_t rows_to_merge_ = 0;  // of all pieces
-    int last_num_inputs_ = 0;
-    int last_num_rows_ = 0;
-    SliceSize last_size_{};
+    int64_t rows_to_merge_ = 0;                       // of all pieces
+    std::map<std::pair<int, int>, SliceSize> sizes_;  // by inputs and rows
 };
 
 }  // namespace
@@ -213,10 +212,13 @@ TaskGraph lower_leaves(const Problem& problem, const Cut& cut) {
     graph.tasks.reserve(num_leaves);
     for (const Piece& piece : cut.pieces) {
         const Sequence& sequence = problem.sequences[piece.sequence];
+        const bool adopts = piece.begin_tile == 0 && cut.adopts(piece.sequence);
+        // All pieces of a sequence have as many tasks.
+        const int tasks_to_last = (cut.num_pieces(piece.sequence) - 1) * sequence.row_groups();
         Task task;
         task.opcode = Opcode::kMlaPartial;
         task.sequence = sequence.id;
-        task.to_output = cut.num_pieces(piece.sequence) == 1;
+        task.to_output = !piece.is_adopted && cut.num_results(piece.sequence) == 1;
         task.length = sequence.length;
         task.kv_sharing = sequence.row_groups();
         task.num_mates = piece.num_mates;
@@ -227,6 +229,7 @@ TaskGraph lower_leaves(const Problem& problem, const Cut& cut) {
         for (int row = 0; row < sequence.num_rows; row += kMaxRows) {
             task.row_begin = row;
             task.num_rows = std::min(kMaxRows, sequence.num_rows - row);
+            if (adopts) task.adopted = static_cast<int32_t>(graph.tasks.size()) + tasks_to_last;
             graph.tasks.push_back(task);
         }
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
@@ -38,54 +39,63 @@ void check_size(const Batch& batch) {
                 std::to_string(kMaxInstructions) + " instructions");
 }
 
-struct Candidate {
+// A cut, and what does not depend on the slices of its reductions.
+struct Draft {
+    Draft(const Problem& problem, const CostModel& cost, Cut whole_cut)
+        : cut(std::move(whole_cut)),
+          leaves(lower_leaves(problem, cut)),
+          order(leaf_order(problem, cut)),
+          simulation(leaves, order, problem.num_workers, cost),
+          num_workers(problem.num_workers) {}
+
     Cut cut;
     TaskGraph leaves;
-    std::vector<int32_t> leaf_order;
-    Timeline leaf_timeline;  // as if there were no reductions
-
-    TaskGraph graph;
     std::vector<int32_t> order;
-    Timeline timeline;
-    int num_workers = 0;
+    LeafSimulation simulation;
+    int num_workers;
 };
 
-Candidate draft(const Problem& problem, const CostModel& cost, Cut cut) {
-    Candidate candidate;
-    candidate.cut = std::move(cut);
-    candidate.num_workers = problem.num_workers;
-    candidate.leaves = lower_leaves(problem, candidate.cut);
-    candidate.leaf_order = leaf_order(problem, candidate.cut);
-    candidate.leaf_timeline =
-        simulate(candidate.leaves, candidate.leaf_order, problem.num_workers, cost);
-    return candidate;
+// A plan that is not serialised yet.
+struct Candidate {
+    std::shared_ptr<const Draft> draft;
+    TaskGraph graph{};
+    std::vector<int32_t> order{};
+    Timeline timeline{};
+};
+
+// On `num_workers` as on those of the draft. A search in clusters refines the plans of the one
+// before, for workers of its own.
+bool leaves_run_alike(const Draft& draft, int num_workers) {
+    return num_workers == draft.num_workers ||
+           num_instructions(draft.leaves) <=
+               static_cast<size_t>(std::min(num_workers, draft.num_workers));
 }
 
-// Adds the reductions. False, and unfinished, if the plan cannot end before `give_up_us`.
+// Of the candidate's draft, with reductions. False, and unfinished, if the plan cannot end before
+// `give_up_us`.
 bool complete(const Problem& problem,
               const CostModel& cost,
               const SliceOptions& slices,
               double give_up_us,
               Candidate& candidate) {
-    if (candidate.leaf_timeline.makespan_us >= give_up_us) return false;
-    candidate.graph = candidate.leaves;
-    lower_reductions(problem, cost, candidate.cut, slices, candidate.graph);
-    const auto num_leaves = static_cast<int>(candidate.leaf_order.size());
-    if (candidate.graph.tasks.size() == candidate.leaf_order.size()) {
-        candidate.order = candidate.leaf_order;
-        candidate.timeline = candidate.leaf_timeline;
+    const Draft& draft = *candidate.draft;
+    const Timeline& leaf_timeline = draft.simulation.timeline();
+    if (leaf_timeline.makespan_us >= give_up_us) return false;
+    candidate.graph = draft.leaves;
+    lower_reductions(problem, cost, draft.cut, slices, candidate.graph);
+    if (candidate.graph.merges.empty()) {
+        candidate.order = draft.order;
+        candidate.timeline = leaf_timeline;
         return true;
     }
-    const Forecast times = forecast(candidate.graph, num_leaves, candidate.leaf_timeline, cost);
+    const auto num_leaves = static_cast<int>(draft.order.size());
+    const Forecast times = forecast(candidate.graph, num_leaves, leaf_timeline, cost);
     if (times.finish_us >= give_up_us) return false;
-    candidate.order = append_reductions(candidate.leaf_order, candidate.graph, times);
+    candidate.order = append_reductions(draft.order, candidate.graph, times);
     candidate.timeline =
-        num_instructions(candidate.leaves) <= static_cast<size_t>(problem.num_workers)
-            ? simulate_reductions(candidate.graph,
-                                  candidate.order,
-                                  problem.num_workers,
-                                  cost,
-                                  candidate.leaf_timeline)
+        leaves_run_alike(draft, problem.num_workers)
+            ? draft.simulation.with_reductions(
+                  candidate.graph, candidate.order, problem.num_workers)
             : simulate(candidate.graph, candidate.order, problem.num_workers, cost);
     return true;
 }
@@ -94,7 +104,7 @@ Candidate evaluate(const Problem& problem,
                    const CostModel& cost,
                    Cut cut,
                    const SliceOptions& slices) {
-    Candidate candidate = draft(problem, cost, std::move(cut));
+    Candidate candidate{std::make_shared<const Draft>(problem, cost, std::move(cut))};
     complete(problem, cost, slices, std::numeric_limits<double>::infinity(), candidate);
     return candidate;
 }
@@ -145,27 +155,31 @@ class Search {
         return std::move(*best_);
     }
 
+    // Where nearly every worker has a sequence of its own there is little to share.
+    static bool has_room(const Problem& problem, int workers) {
+        return 4 * problem.workers_unsplit() <= 3 * workers;
+    }
+
     // Partials shared by mates, if they are better than `other`.
     Candidate run_clusters(int cluster_ctas, Candidate other) {
         best_ = std::move(other);
-        // Where nearly every worker has a sequence of its own there is little to share.
         for (const double share : {1.0, 0.85, 0.7, 0.5}) {
             const int workers = static_cast<int>(problem_.num_workers * share);
-            if (4 * problem_.workers_unsplit() > 3 * workers) break;
+            if (!has_room(problem_, workers)) break;
             for (const bool in_one : {true, false}) {
                 consider(cut_into_clusters(problem_, cost_, cluster_ctas, in_one, workers));
             }
         }
         second_.reset();
-        if (best_->cut.num_mates() > 1) refine_slices();
+        if (best_->draft->cut.num_mates() > 1) refine_slices();
         return std::move(*best_);
     }
 
   private:
     // Simulated instructions, for the cuts and then for their slices. Keeps the planning of 128
     // sequences under a millisecond; fewer may take two.
-    static constexpr int64_t kCutBudget = 4000;
-    static constexpr int64_t kSliceBudget = 4400;
+    static constexpr int64_t kCutBudget = 3700;
+    static constexpr int64_t kSliceBudget = 4100;
     // Even a huge batch gets these: whole sequences, and the first two lines.
     static constexpr int kMinCuts = 3;
     // A plan with more instructions has to win by this much for each.
@@ -182,10 +196,10 @@ class Search {
     bool consider(Cut cut) {
         if (cut.pieces.empty() || out_of_budget(kCutBudget) || !is_new(cut)) return false;
         ++num_cuts_;
-        Candidate candidate = draft(problem_, cost_, std::move(cut));
-        spent_ += static_cast<int64_t>(candidate.leaves.tasks.size());
-        const bool better = keep_if_better({}, candidate);
-        return keep_if_better({SliceRule::kFittedFinely, 0}, std::move(candidate)) || better;
+        const auto draft = std::make_shared<const Draft>(problem_, cost_, std::move(cut));
+        spent_ += static_cast<int64_t>(draft->leaves.tasks.size());
+        const bool better = keep_if_better({}, draft);
+        return keep_if_better({SliceRule::kFittedFinely, 0}, draft) || better;
     }
 
     bool consider_even(int max_gangs) {
@@ -248,31 +262,36 @@ class Search {
         return gangs;
     }
 
-    bool keep_if_better(const SliceOptions& slices, Candidate candidate) {
+    bool keep_if_better(const SliceOptions& slices, const std::shared_ptr<const Draft>& draft) {
         const double best_us = best_ ? score_us(*best_) : std::numeric_limits<double>::infinity();
-        if (!complete(problem_, cost_, slices, best_us, candidate)) return false;
-        spent_ += static_cast<int64_t>(candidate.graph.tasks.size());
-        if (score_us(candidate) >= best_us) return false;
-        second_ = std::move(best_);
-        best_ = std::move(candidate);
+        trial_.draft = draft;
+        if (!complete(problem_, cost_, slices, best_us, trial_)) return false;
+        spent_ += static_cast<int64_t>(trial_.graph.tasks.size());
+        if (score_us(trial_) >= best_us) return false;
+        if (best_) {
+            second_ = best_->draft;
+        } else {
+            best_.emplace();
+        }
+        std::swap(*best_, trial_);
         return true;
     }
 
     // Of the best cut and of the one that was the best before: which is better with slices of its
     // own is not yet known.
     void refine_slices() {
-        const std::optional<Candidate> runner_up = std::move(second_);
-        refine_slices_of(*best_);
-        if (runner_up) refine_slices_of(*runner_up);
+        const std::shared_ptr<const Draft> runner_up = std::move(second_);
+        refine_slices_of(best_->draft);
+        if (runner_up) refine_slices_of(runner_up);
     }
 
-    void refine_slices_of(Candidate cut) {
-        if (cut.graph.merges.empty()) return;
+    void refine_slices_of(std::shared_ptr<const Draft> draft) {
+        if (draft->cut.merges_nothing()) return;
         for (const int direction : {1, -1}) {
             int failures = 0;
             for (int steps = direction; failures < 2 && !out_of_budget(kSliceBudget);
                  steps += direction) {
-                failures = keep_if_better({SliceRule::kFitted, steps}, cut) ? 0 : failures + 1;
+                failures = keep_if_better({SliceRule::kFitted, steps}, draft) ? 0 : failures + 1;
             }
         }
     }
@@ -295,7 +314,8 @@ class Search {
     const Problem& problem_;
     const CostModel& cost_;
     std::optional<Candidate> best_;
-    std::optional<Candidate> second_;  // the best before that
+    Candidate trial_;                      // the latest one, kept for its memory
+    std::shared_ptr<const Draft> second_;  // of the best before that
     std::vector<uint64_t> seen_;
     int num_cuts_ = 0;
     int64_t spent_ = 0;
@@ -331,7 +351,7 @@ Candidate search(const Batch& batch,
     Candidate best = Search(problem, cost).run();
     for (const Clusters& each : clusters) {
         const int workers = std::min(each.count, problem.num_workers / each.ctas) * each.ctas;
-        if (workers == 0) continue;
+        if (!Search::has_room(problem, workers)) continue;
         const Problem clustered = make_problem(batch, workers);
         best = Search(clustered, cost).run_clusters(each.ctas, std::move(best));
     }
@@ -394,7 +414,7 @@ Plan plan(const Batch& batch,
     Plan result;
     const Problem problem = make_problem(batch, num_workers);
     const Candidate chosen = choose(batch, problem, cost, policy, split_tiles, clusters);
-    result.num_workers = chosen.num_workers;
+    result.num_workers = chosen.draft->num_workers;
     const std::vector<int32_t>& order = chosen.order;
     const Timeline& timeline = chosen.timeline;
     result.num_slots = serialise(chosen.graph, order, batch.num_heads, result.words);

@@ -19,7 +19,11 @@ int32_t first_position(const Task& task, int mate) {
     return static_cast<int32_t>(std::min<int64_t>(task.end, task.start + tile * kKvTile));
 }
 
-void write_partial(const Task& task, int mate, int32_t dst_batch, int32_t* words) {
+void write_partial(const Task& task,
+                   int mate,
+                   int32_t dst_batch,
+                   const std::vector<int32_t>& uids,
+                   int32_t* words) {
     words[PartialWords::kDstBatch] = dst_batch;
     words[PartialWords::kQBatch] = task.sequence;
     words[PartialWords::kStart] = first_position(task, mate);
@@ -28,6 +32,7 @@ void write_partial(const Task& task, int mate, int32_t dst_batch, int32_t* words
         words[PartialWords::kNumMates] = task.num_mates;
         words[PartialWords::kMate] = mate;
     }
+    if (task.adopted != kNoTask) words[PartialWords::kAdopted] = 1 + uids[task.adopted];
     words[PartialWords::kLength] = task.length;
     words[PartialWords::kRowBegin] = task.row_begin;
     words[PartialWords::kNumRows] = task.num_rows;
@@ -133,6 +138,8 @@ class Parser {
             words_[PartialWords::kRowBegin];
         task.num_rows =
             static_cast<int32_t>(std::clamp<int64_t>(stated == 0 ? left : stated, 0, kMaxRows));
+        const int32_t adopted = words_[PartialWords::kAdopted];
+        if (adopted != 0) task.adopted = writer_of(int64_t{adopted} - 1);
     }
 
     int tokens_of(int32_t sequence) const {
@@ -180,15 +187,20 @@ class Parser {
         return last_run_merge_;
     }
 
-    void add_input(int64_t uid) {
+    int32_t writer_of(int64_t uid) const {
         const auto writer = task_of_uid_.find(uid);
         if (writer == task_of_uid_.end()) {
             fail("no earlier instruction writes input " + std::to_string(uid) + " (rule: order)");
         }
+        return writer->second;
+    }
+
+    void add_input(int64_t uid) {
+        const int32_t writer = writer_of(uid);
         if (graph_.inputs.size() == std::numeric_limits<int32_t>::max()) {
             fail("too many inputs in all (rule: input-count)");
         }
-        graph_.inputs.push_back(writer->second);
+        graph_.inputs.push_back(writer);
     }
 
     int32_t add_merge(int32_t first, int num_inputs) {
@@ -249,7 +261,7 @@ int serialise(const TaskGraph& graph,
             for (int mate = 0; mate < task.num_mates; ++mate, instruction += kInstructionWords) {
                 instruction[kWordOpcode] = static_cast<int32_t>(task.opcode);
                 instruction[kWordUid] = mate == 0 ? uid : next_other++;
-                write_partial(task, mate, dst_batch, instruction);
+                write_partial(task, mate, dst_batch, uids, instruction);
             }
             continue;
         }

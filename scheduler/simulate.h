@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "scheduler/cost_model.h"
@@ -27,14 +28,32 @@ Timeline simulate(const TaskGraph& graph,
                   int num_workers,
                   const CostModel& cost);
 
-// The same for a queue that begins with all of its partials and fills, no more than there
-// are workers: reductions cannot delay them, so the partials keep the times of `partials`,
-// a simulation without reductions.
-Timeline simulate_reductions(const TaskGraph& graph,
+class Simulation;  // in simulate.cpp
+
+// Simulates a queue that begins with all of its partials and fills, the leaves. Reductions cannot
+// delay those, so the leaves are simulated once, and each choice of reductions behind them only
+// from there on where the last leaf has its worker.
+class LeafSimulation {
+  public:
+    LeafSimulation(const TaskGraph& leaves,
+                   const std::vector<int32_t>& order,
+                   int num_workers,
+                   const CostModel& cost);
+
+    // Without reductions.
+    const Timeline& timeline() const { return timeline_; }
+
+    // `graph` and `order` begin with the leaves and their order. Leaves that are no more than the
+    // workers keep the times of timeline(), without another look at their streams; then
+    // `num_workers` may be any that suffice, otherwise it is the constructor's.
+    Timeline with_reductions(const TaskGraph& graph,
                              const std::vector<int32_t>& order,
-                             int num_workers,
-                             const CostModel& cost,
-                             const Timeline& partials);
+                             int num_workers) const;
+
+  private:
+    std::shared_ptr<const Simulation> handed_out_;  // every leaf, and not yet ended
+    Timeline timeline_;
+};
 
 // Every task of the graph, as it stands.
 std::vector<int32_t> queue_order(const TaskGraph& graph);

@@ -20,16 +20,21 @@ inline double partial_lead_us(bool follows, const CostModel& cost) {
 
 // Of the mate that has most of them.
 inline double num_tiles_of_mate(const Task& partial) {
-    return std::ceil(num_kv_tiles(partial) / partial.num_mates);
+    const double tiles = num_kv_tiles(partial);
+    return partial.num_mates == 1 ? tiles : std::ceil(tiles / partial.num_mates);
 }
 
-// After the last tile.
+// After the last tile, and once the result that it adopts is visible.
 inline double partial_store_us(const Task& partial, const CostModel& cost) {
     const double bytes_per_row = kLatentDim * (partial.to_output ? 2.0 : 4.0);
-    const double share = 1.0 / partial.num_mates;
     const double store_us =
         cost.partial_store_kib_us * partial.num_rows * bytes_per_row / kBytesPerKib;
+    if (partial.adopted != kNoTask) {
+        const double adopted_kib = partial.num_rows * kLatentDim * 4.0 / kBytesPerKib;
+        return cost.adopt_fixed_us + cost.adopt_kib_us * adopted_kib + store_us;
+    }
     if (partial.num_mates == 1) return store_us;
+    const double share = 1.0 / partial.num_mates;
     // Every mate sends the others their columns, as floats.
     const double sent_kib = partial.num_rows * kLatentDim * 4.0 * (1.0 - share) / kBytesPerKib;
     return cost.mates_fixed_us + cost.mates_kib_us * sent_kib + store_us * share;

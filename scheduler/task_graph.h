@@ -10,6 +10,7 @@
 namespace mla {
 
 inline constexpr int32_t kNoMerge = -1;
+inline constexpr int32_t kNoTask = -1;
 
 struct Task {
     Opcode opcode = Opcode::kNoop;
@@ -23,9 +24,10 @@ struct Task {
     // Partial: KV positions [start, end).
     int32_t start = 0;
     int32_t end = 0;
-    int32_t length = 0;      // of the sequence
-    int32_t kv_sharing = 1;  // row groups of the sequence: partials that read the same KV
-    int32_t num_mates = 1;   // workers of a cluster that share it, each with an instruction
+    int32_t length = 0;         // of the sequence
+    int32_t kv_sharing = 1;     // row groups of the sequence: partials that read the same KV
+    int32_t num_mates = 1;      // workers of a cluster that share it, each with an instruction
+    int32_t adopted = kNoTask;  // partial whose result joins this one's
 
     // Reduction: a slice of columns, and what is merged.
     int32_t col_begin = 0;

@@ -194,7 +194,7 @@ class Validator {
     }
 
     void check_partial() {
-        check_reserved(PartialWords::kMate + 1);
+        check_reserved(PartialWords::kAdopted + 1);
         const int32_t sequence = words_[PartialWords::kQBatch];
         check_in(rules::kRequest, "q_batch", sequence, 0, batch_.num_sequences());
 
@@ -239,6 +239,7 @@ class Validator {
               });
 
         const Region region{sequence, first_row, first_row + group_rows, kAllColumns};
+        check_adopted(region);
         const int32_t dst_batch = words_[PartialWords::kDstBatch];
         if (words_[PartialWords::kMate] == 0) {
             write(dst_batch, region);
@@ -248,6 +249,17 @@ class Validator {
                   "the uid is a scratch slot, which only mate 0 may have");
         }
         rectangles_[sequence].push_back({region.row_begin, region.row_end, start, end, uid()});
+    }
+
+    // Comes before the partial's own slot is written, so that it cannot be the adopted one.
+    void check_adopted(const Region& region) {
+        const int32_t adopted = words_[PartialWords::kAdopted];
+        if (adopted == 0) return;
+        const int64_t slot = int64_t{adopted} - 1;
+        check(words_[PartialWords::kNumMates] == 0, rules::kMates, [&] {
+            return "adopts slot " + to_string(slot) + ", which mates cannot";
+        });
+        read(slot, region);
     }
 
     // Slots first, first + step, ..., or those that the words list.
@@ -341,7 +353,7 @@ class Validator {
         const Slot& slot = slot_of(input);
         check(region.sequence == slot.region.sequence, rules::kInputRequest, [&] {
             return "input " + to_string(input) + " is of sequence " +
-                   to_string(slot.region.sequence) + ", others are of sequence " +
+                   to_string(slot.region.sequence) + ", what it is merged with of sequence " +
                    to_string(region.sequence);
         });
         check(slot.region.row_begin <= region.row_begin && region.row_end <= slot.region.row_end &&

@@ -36,7 +36,7 @@ inline constexpr Rule kRun{"run", "a run steps up, and counts its rows up from t
 inline constexpr Rule kSlice{"slice", "rows and columns of a slice exist"};
 inline constexpr Rule kInput{"input", "an input is a scratch slot"};
 inline constexpr Rule kOrder{"order", "an input is written earlier in the queue"};
-inline constexpr Rule kInputRequest{"input-request", "all inputs belong to one sequence"};
+inline constexpr Rule kInputRequest{"input-request", "what is merged belongs to one sequence"};
 inline constexpr Rule kInputRows{"input-rows", "an input holds the rows and columns read"};
 inline constexpr Rule kFill{"fill", "a fill covers tokens without keys, and no others"};
 inline constexpr Rule kReadOnce{"read-once", "nothing in scratch is read twice"};
@@ -68,17 +68,18 @@ struct Queue {
 // order, then those of the whole. Sequences without tokens need no instruction; those of
 // length 0, and padding, need fills.
 //
-// Why this suffices: a reduction writes the sequence, rows and columns that it reads, and
-// reads only what was written before. If nothing in scratch is read twice or left unread and
-// no output is written twice, then whatever a partial computes reaches exactly one output,
-// its own. So the output is right if and only if the partials cover every (row, position)
-// once, and the fills every token without keys. Time and memory grow with the number of
-// instructions and of the inputs that they read (times log), whatever their words say.
+// Why this suffices: a reduction writes the sequence, rows and columns that it reads, as does a
+// partial that adopts a slot, and both read only what was written before. If nothing in scratch
+// is read twice or left unread and no output is written twice, then whatever a partial computes
+// reaches exactly one output, its own. So the output is right if and only if the partials cover
+// every (row, position) once, and the fills every token without keys. Time and memory grow with
+// the number of instructions and of the inputs that they read (times log), whatever their words
+// say.
 //
 // Mates write once, what all of them compute: only mate 0 counts as a writer. They wait for each
-// other, so each must be the first instruction of a CTA, and all of them in one cluster. As larger
-// groups come first, a group of k begins at a multiple of k. That the launch has as many CTAs as
-// the queue has mates is for the launch to check.
+// other, and adopt nothing, so each must be the first instruction of a CTA, and all of them in one
+// cluster. As larger groups come first, a group of k begins at a multiple of k. That the launch has
+// as many CTAs as the queue has mates is for the launch to check.
 //
 // `capacity`: sequences that the tensors hold, at least batch.num_sequences(). The batch is
 // checked by check_batch().

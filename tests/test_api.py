@@ -735,7 +735,9 @@ def test_what_a_launch_is_bound_to_is_never_stale(
             decode(case, plan=plan, workspace=workspace, spin_timeout_ns=timeout)
             seen = layout.launches[-1]
             views = workspace.views(plan.num_slots, plan.slot_rows)
-            assert (seen["instructions"], seen["num_instructions"]) == plan.queue(case.q.device)
+            names = ("instructions", "num_instructions", "instructions_are_constant")
+            assert tuple(seen[name] for name in names) == plan.queue(case.q.device)
+            assert seen["instructions_are_constant"] == (plan is not moving)
             assert seen["queue_state"] == views.queue_state.data_ptr()
             assert seen["o_scratch"] == views.o_scratch.data_ptr()
             assert seen["spin_timeout_ns"] == timeout

@@ -465,6 +465,13 @@ WORDS = {
     "num_rows too many": (0, 10, 17, "word 10 (num_rows): expected 64 rows, or all that are left"),
     "num_rows too few": (0, 10, 8, "word 10 (num_rows): expected 64 rows"),
     "num_rows negative": (0, 10, -1, "word 10 (num_rows)"),
+    "adopted too high": (
+        0,
+        13,
+        3,
+        "word 13 (adopted): expected 0 or 1 + a scratch slot, at most 2, got 3",
+    ),
+    "adopted negative": (0, 13, -1, "word 13 (adopted)"),
     "too many inputs": (2, 2, 27, "word 2 (shape): expected at most 27 inputs, got 27"),
     "head_begin": (2, 2, 8 << 8, "word 2 (shape): expected a first head below 8"),
     "rows past the end": (

@@ -26,6 +26,7 @@ from mla_decode.words import INSTRUCTION_WORDS, KV_TILE, Noop, Partial, Reductio
 from benchmarks.measure import measure as benchmark
 from benchmarks.shapes import Shape
 from tests.support import Launch, pack, same_bits
+from tests.test_adoption import WHOLE_CHAIN, chained
 from tests.test_mates import shared
 
 pytestmark = pytest.mark.gpu
@@ -142,6 +143,56 @@ def test_mates_agree_with_the_interpreter(
     queue, num_slots = shared(case, count, gangs)
     words = pack(*queue)
     agree(case, Launch.of(case, words, num_slots), Launch.of(case.to("cpu"), words, num_slots))
+
+
+@pytest.mark.parametrize("pieces", (2, WHOLE_CHAIN))
+@pytest.mark.parametrize(
+    "num_heads, new_tokens, block_size",
+    [(16, 1, 64), (8, 3, 16), (16, 2, 40), (16, 4, 64), (12, 5, 16), (128, 1, 1)],
+)
+def test_adoption_agrees_with_the_interpreter(
+    num_heads: int, new_tokens: int, block_size: int, pieces: int
+) -> None:
+    """To the output and to slots, in both kernels and with every way to load KV."""
+    sinks = torch.linspace(-3, 9, num_heads, device="cuda")
+    case = make_case(
+        [1000, 64, 767, 350, 0],
+        num_heads,
+        new_tokens,
+        block_size,
+        attn_sink=sinks,
+        device="cuda",
+    )
+    queue, num_slots = chained(case, 2, pieces)
+    words = pack(*queue)
+    agree(case, Launch.of(case, words, num_slots), Launch.of(case.to("cpu"), words, num_slots))
+
+
+@pytest.mark.parametrize("num_heads, new_tokens", [(16, 1), (16, 4), (128, 1)])
+def test_plans_that_adopt_replay_bit_identically(num_heads: int, new_tokens: int) -> None:
+    lengths = [700 + 64 * (i % 5) for i in range(150)]
+    case = make_case(lengths, num_heads, new_tokens, device="cuda")
+    plan = mla_decode.plan(lengths, num_heads, new_tokens)
+    assert any(isinstance(i, Partial) and i.adopted is not None for i in plan.decoded())
+    launch = Launch.of_plan(case, plan)
+    launch.run()
+    mla_decode.synchronize()
+    first = launch.o.clone()
+    assert compare(first, launch.lse, *attention(case)).passed
+    for _ in range(1000):
+        launch.run(check_queue=False)
+    mla_decode.synchronize()
+    assert same_bits(launch.o, first)
+
+
+def test_a_slot_that_nobody_writes_is_not_adopted_for_ever() -> None:
+    """Unchecked words: the adopter waits until the watchdog ends the launch."""
+    case = make_case([256], 16, device="cuda")
+    words = pack(Partial(5, 0, 0, 0, 128, 256, adopted=0))
+    launch = Launch.of(case, words, num_slots=1)
+    launch.run(check_queue=False, spin_timeout_ns=SHORT_TIMEOUT_NS)
+    with pytest.raises(MegakernelTimeout, match="completion flag of scratch slot 0"):
+        mla_decode.synchronize()
 
 
 @pytest.mark.parametrize("num_heads", (16, 64))
@@ -279,6 +330,55 @@ def test_launches_advance_the_epoch_without_a_reset() -> None:
         assert int(launch.global_instruction_index[interpreter.STATE_EPOCH]) == number
         assert int(launch.global_instruction_index[interpreter.STATE_NEXT_TICKET]) == 0
         assert not launch.o.isnan().any()
+
+
+@pytest.mark.parametrize("position", (0, 1, 200))
+def test_unknown_opcode_ends_in_an_error(position: int) -> None:
+    """Unchecked words: the CTA that meets it says so, the first instruction or a later one."""
+    case = make_case([64], 8, device="cuda")
+    words = pack(*(Noop(uid=i) for i in range(300)))
+    words[position, 0] = 77
+    launch = Launch.of(case, words, num_slots=1)
+    launch.run(check_queue=False)
+    with pytest.raises(MegakernelTimeout, match="an opcode that the kernel knows") as caught:
+        mla_decode.synchronize()
+    assert (caught.value.instruction, caught.value.opcode) == (position, 77)
+    launch.run(check_queue=False)
+    with pytest.raises(MegakernelTimeout):
+        mla_decode.synchronize()
+
+
+def test_calls_that_read_what_the_call_before_wrote() -> None:
+    """A launch reads its instructions while the one before still runs, but nothing else."""
+    case = make_case([3000, 70, 900], 16, 2, device="cuda")
+    q_pe = case.q[..., 512:].contiguous()
+    plan = mla_decode.plan(case.seq_lens, 16, 2)
+    workspace = plan.workspace("cuda")
+
+    def chain(synchronize: bool) -> torch.Tensor:
+        q_nope = case.q[..., :512].contiguous()
+        for _ in range(60):
+            q_nope, _ = mla_decode.decode(
+                (q_nope, q_pe),
+                case.kv_cache,
+                case.block_table,
+                case.seq_lens,
+                plan=plan,
+                workspace=workspace,
+                softmax_scale=case.softmax_scale,
+            )
+            if synchronize:
+                mla_decode.synchronize()
+        return q_nope
+
+    expected = chain(True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(False)
+    for _ in range(20):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(out, expected)
 
 
 @pytest.mark.parametrize("count", (1, 131, 132, 133, 5000))

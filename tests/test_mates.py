@@ -270,6 +270,7 @@ BAD_WORDS = {  # queue position, word, value, message
     "destination": (1, 2, -1, r"1 .*word 2 \(dst_batch\): expected the same as of mate 0, got -1"),
     "length": (2, 8, 999, r"2 .*word 8 \(length\): expected the same as of mate 0, got 999"),
     "rows": (2, 10, 16, r"2 .*word 10 \(num_rows\): expected the same as of mate 0, got 16"),
+    "adopted": (1, 13, 1, r"1 .*word 13 \(adopted\): expected 0, as mates adopt nothing, got 1"),
     "gap": (2, 6, 576, r"2 .*word 6 \(start\): expected the end of the mate before it, got 576"),
 }
 

@@ -321,7 +321,7 @@ def keep(*positions: int) -> Callable[[Words], Words]:
 
 
 MATE_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
-    ("reserved", "behind a mate", set_word(FOUR, 13, 1)),
+    ("reserved", "behind a mate", set_word(FOUR, 14, 1)),
     ("uid", "used twice", set_word(FOUR + 1, 1, 0)),
     ("uid", "negative", set_word(FOUR + 1, 1, -1)),
     ("slot", "not the uid of mate 0", both(set_word(FOUR, 1, 4), set_word(FOUR + 1, 1, 3))),
@@ -355,6 +355,7 @@ MATE_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
     ("mates", "length", set_word(FOUR + 1, 8, 130)),
     ("mates", "row_begin", set_word(FOUR + 1, 9, 64)),
     ("mates", "num_rows", set_word(FOUR + 1, 10, 0)),
+    ("mates", "one adopts", set_word(FOUR, 13, 2)),
     ("mates", "a gap between", set_word(TWO + 1, 6, 128)),
     ("mates", "an overlap", set_word(FOUR + 1, 6, 0)),
     (
@@ -371,12 +372,70 @@ MATE_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
 ]
 
 
+# Positions in the queue of valid_adoptions().
+LAST, LOW_LAST, MIDDLE, FIRST, LOW_FIRST, MERGED, OTHER = range(7)
+
+
+def adopting(slot: int, words: list[int]) -> list[int]:
+    """Make a partial adopt a slot."""
+    return [*words[:13], slot + 1, *words[14:]]
+
+
+def valid_adoptions() -> Words:
+    """Sequence 0 has two row groups. In the one, the first keys adopt those in the middle, which
+    adopt the last, and write the output. In the other, the first adopt the last and write a slot,
+    for a merge. Sequence 1 in one piece."""
+    queue = [[0] * 32] * 7
+    queue[LAST] = partial(0, slot(0), 0, (320, 500), 500, (0, 64))
+    queue[LOW_LAST] = partial(2, slot(2), 0, (64, 500), 500, (64, 32))
+    queue[MIDDLE] = adopting(0, partial(1, slot(1), 0, (128, 320), 500, (0, 64)))
+    queue[FIRST] = adopting(1, partial(6, 0, 0, (0, 128), 500, (0, 0)))
+    queue[LOW_FIRST] = adopting(2, partial(3, slot(3), 0, (0, 64), 500, (64, 0)))
+    queue[MERGED] = run(7, 0, 64, 32, (3, 1, 1))
+    queue[OTHER] = partial(8, 1, 1, (0, 130), 130, (0, 0))
+    return np.array(queue, dtype=np.int32)
+
+
+def check_adoptions(queue: Words) -> None:
+    _scheduler.validate(queue, [500, 130], 48, [2, 1], 4)
+
+
+ADOPTION_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
+    ("reserved", "behind the slot", set_word(FIRST, 14, 1)),
+    ("input", "too high", set_word(FIRST, 13, 5)),
+    ("input", "highest integer", set_word(FIRST, 13, INT32_MAX)),
+    ("input", "negative", set_word(FIRST, 13, -1)),
+    ("input", "lowest integer", set_word(FIRST, 13, INT32_MIN)),
+    ("order", "its own slot", set_word(MIDDLE, 13, 2)),
+    ("order", "the writer behind it", move(MIDDLE, FIRST)),
+    ("order", "the writer missing", drop(LAST)),
+    ("input-request", "of another sequence", set_word(OTHER, 13, 3)),
+    ("input-rows", "of another row group", set_word(FIRST, 13, 3)),
+    ("input-rows", "some of the rows", set_words(MIDDLE, run(1, slot(1), 0, 40, (0, 1, 1)))),
+    (
+        "input-rows",
+        "some of the columns",
+        set_words(MIDDLE, run(1, slot(1), 0, 64, (0, 1, 1), cols=(0, 256))),
+    ),
+    ("read-once", "adopted twice", set_word(FIRST, 13, 1)),
+    ("read-once", "merged as well", set_word(MERGED, 5, 2)),
+    ("unread", "not adopted", set_word(FIRST, 13, 0)),
+    ("unread", "what adopted", drop(MERGED)),
+    ("covered-twice", "adopted keys", set_word(FIRST, 7, 192)),
+    ("uncovered", "a gap between", set_word(FIRST, 7, 64)),
+]
+
+
 def test_the_unmutated_queue_is_valid() -> None:
     check(valid_queue())
 
 
 def test_the_unmutated_mates_are_valid() -> None:
     check_mates(valid_mates())
+
+
+def test_the_unmutated_adoptions_are_valid() -> None:
+    check_adoptions(valid_adoptions())
 
 
 @pytest.mark.parametrize("num_mates", [2, 4, 8])
@@ -410,11 +469,24 @@ def test_wrong_mates_are_rejected_by_their_rule(
         (set_word(FOUR + 1, 6, 0), "uid 4: starts at 0, the mate before ends at 64 "),
         (move(ALONE, TWO), "uid 2: 2 mates stand behind what is not shared "),
         (keep(4, 5, 0), "uid 0: 4 mates stand behind 2 "),
+        (set_word(FOUR, 13, 2), "uid 0: adopts slot 1, which mates cannot "),
     ],
 )
 def test_messages_name_mates(mutate: Callable[[Words], Words], message: str) -> None:
     with pytest.raises(_scheduler.ScheduleError, match=message):
         check_mates(mutate(valid_mates()))
+
+
+@pytest.mark.parametrize(
+    ("rule", "mutate"),
+    [(rule, mutate) for rule, _, mutate in ADOPTION_VIOLATIONS],
+    ids=[f"{rule}: {what}" for rule, what, _ in ADOPTION_VIOLATIONS],
+)
+def test_wrong_adoptions_are_rejected_by_their_rule(
+    rule: str, mutate: Callable[[Words], Words]
+) -> None:
+    with pytest.raises(_scheduler.ScheduleError, match=rf"\(rule: {rule}\)$"):
+        check_adoptions(mutate(valid_adoptions()))
 
 
 def test_padding_behind_the_end_is_valid() -> None:
@@ -503,7 +575,13 @@ ANY_WORD = EDGE_WORDS | st.integers(INT32_MIN, INT32_MAX)
 @given(data=st.data())
 def test_a_changed_word_is_rejected_or_leaves_a_valid_queue(data: st.DataObject) -> None:
     queue, check_queue = data.draw(
-        st.sampled_from([(valid_queue(), check), (valid_mates(), check_mates)])
+        st.sampled_from(
+            [
+                (valid_queue(), check),
+                (valid_mates(), check_mates),
+                (valid_adoptions(), check_adoptions),
+            ]
+        )
     )
     position = data.draw(st.integers(0, len(queue) - 1))
     queue[position, data.draw(st.integers(0, 31))] = data.draw(ANY_WORD)
@@ -533,8 +611,9 @@ def attended(queue: Words, num_heads: int, tokens: list[int]) -> dict[tuple[int,
             rows = range(
                 first, first + (words[10] or min(64, tokens[sequence] * num_heads - first))
             )
-            chunks, ranges = range(8), [words[6:8]]
-            read = {(row, chunk): ranges for row in rows for chunk in chunks}
+            read = {(r, c): [words[6:8]] for r in rows for c in range(8)}
+            if words[13]:
+                read = {(r, c): kvs + slots[words[13] - 1, r, c] for (r, c), kvs in read.items()}
         elif words[0] == 2:
             dst, shape = words[3], words[2] % 2**32
             inputs, offset = words[5 : 6 + (shape & 0xFF)], 0
@@ -572,7 +651,7 @@ def test_what_is_accepted_attends_to_everything_once(data: st.DataObject, policy
     queue = plan.instructions
     for _ in range(data.draw(st.integers(0, 2)) if len(queue) else 0):
         position = data.draw(st.integers(0, len(queue) - 1))
-        word = data.draw(st.integers(2, 10))
+        word = data.draw(st.integers(2, 10) | st.just(13))
         was = int(queue[position, word])
         changed = data.draw(st.integers(was - 64, was + 64) | EDGE_WORDS)
         queue[position, word] = np.uint32(changed % 2**32).astype(np.int32)

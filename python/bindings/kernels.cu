@@ -156,6 +156,7 @@ class BoundDecode {
     BoundDecode(mla::Decoder& decoder,
                 uintptr_t instructions,
                 int num_instructions,
+                bool instructions_are_constant,
                 uintptr_t timings,
                 uintptr_t queue_state,
                 uintptr_t o_scratch,
@@ -173,6 +174,7 @@ class BoundDecode {
         pointers_.o_scratch = pointer<void>(o_scratch);
         pointers_.lse_log2_scratch = pointer<void>(lvec_scratch);
         pointers_.done_flags = pointer<void>(completion_flag);
+        options_.instructions_are_constant = instructions_are_constant;
         options_.tic = tic;
         options_.grid = {num_ctas, cluster_ctas};
         options_.timeout_us =
@@ -250,6 +252,7 @@ PYBIND11_MODULE(_kernels, m) {
         .def(py::init<mla::Decoder&,
                       uintptr_t,
                       int,
+                      bool,
                       uintptr_t,
                       uintptr_t,
                       uintptr_t,
@@ -264,6 +267,7 @@ PYBIND11_MODULE(_kernels, m) {
              py::kw_only(),
              py::arg("instructions"),
              py::arg("num_instructions"),
+             py::arg("instructions_are_constant"),
              py::arg("timings"),
              py::arg("queue_state"),
              py::arg("o_scratch"),

@@ -297,7 +297,8 @@ py::dict word_names() {
                                   "row_begin",
                                   "num_rows",
                                   "num_mates",
-                                  "mate"});
+                                  "mate",
+                                  "adopted"});
     words["mla_reduction"] =
         names({"opcode", "uid", "shape", "dst_batch", "dst_seq"}, mla::kMaxReductionInputs);
     words["mla_reduction_run"] = names({"opcode",

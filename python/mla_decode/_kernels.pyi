@@ -60,6 +60,7 @@ class BoundDecode:
         *,
         instructions: int,
         num_instructions: int,
+        instructions_are_constant: bool,
         timings: int,
         queue_state: int,
         o_scratch: int,

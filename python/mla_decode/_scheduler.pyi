@@ -57,6 +57,8 @@ class _CostFields(TypedDict, total=False):
     partial_store_kib_us: float
     mates_fixed_us: float
     mates_kib_us: float
+    adopt_fixed_us: float
+    adopt_kib_us: float
     partial_tile_us: float
     partial_tile_compute_us: float
     partial_tile_contention_us: float
@@ -80,6 +82,8 @@ class CostModel:
         One KiB of a partial's result: 2 KiB per row in scratch, 1 KiB in the output.
     mates_fixed_us, mates_kib_us
         What mates take to merge a partial that they share; and one KiB of what one sends.
+    adopt_fixed_us, adopt_kib_us
+        What a partial takes to adopt another's result; and one KiB of that, 2 KiB per row.
     partial_tile_us
         One 64-token KV tile, if the memory did nothing else. Streaming SMs share this.
     partial_tile_compute_us
@@ -101,6 +105,8 @@ class CostModel:
     partial_store_kib_us: float
     mates_fixed_us: float
     mates_kib_us: float
+    adopt_fixed_us: float
+    adopt_kib_us: float
     partial_tile_us: float
     partial_tile_compute_us: float
     partial_tile_contention_us: float

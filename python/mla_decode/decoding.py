@@ -451,9 +451,8 @@ def _bound(call: Call, plan: AnyPlan, views: WorkspaceViews, spin_timeout_ns: in
     if kernel is None:
         return None
     checks.require_int("spin_timeout_ns", spin_timeout_ns, 1, raw.MAX_SPIN_TIMEOUT_NS)
-    instructions, num_instructions = plan.queue(call.device)
-    grid = _grid(plan, call.device, call.num_sms)
-    bound = native.bind(kernel, instructions, num_instructions, views, grid, spin_timeout_ns)
+    queue, grid = plan.queue(call.device), _grid(plan, call.device, call.num_sms)
+    bound = native.bind(kernel, queue, views, grid, spin_timeout_ns)
     call.launch = Launch(plan.binding, views, spin_timeout_ns, bound.enqueue)
     return call.launch
 

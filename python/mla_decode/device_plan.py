@@ -171,7 +171,7 @@ class DevicePlan:
                 device=self.device,
             )
             self.header = torch.zeros(HEADER_WORDS, dtype=torch.int32, device=self.device)
-        self._queue = (self.instructions.data_ptr(), capacity)
+        self._queue = native.Queue(self.instructions.data_ptr(), capacity, is_constant=False)
         self._header_ptr = self.header.data_ptr()
         self._seq_lens: torch.Tensor | None = None
         self._cu_seqlens_q: torch.Tensor | None = None
@@ -335,8 +335,8 @@ class DevicePlan:
             end_us=np.asarray(end_us),
         )
 
-    def queue(self, device: torch.device) -> tuple[int, int]:
-        """Address of the words, and how many instructions the buffer holds."""
+    def queue(self, device: torch.device) -> native.Queue:
+        """The words, as many as the buffer holds."""
         if device != self.device:
             raise DeviceError(f"plan: made on {self.device}, the call is on {device}")
         return self._queue
@@ -396,7 +396,8 @@ class DevicePlan:
             self.split_tiles,
             self.cluster_ctas,
             self._cost,
-            *self._queue,
+            self._queue.instructions,
+            self._queue.num_instructions,
             self._header_ptr,
             self._index,
             stream,
@@ -589,9 +590,9 @@ class PlannedWords:
         self.num_workers = num_workers
         self.cluster_ctas = cluster_ctas
 
-    def queue(self, device: torch.device) -> tuple[int, int]:
-        """Address of the words, and how many instructions they are."""
-        return self.to(device).data_ptr(), int(self.words.shape[0])
+    def queue(self, device: torch.device) -> native.Queue:
+        """The words, which a kernel may have written."""
+        return native.Queue(self.to(device).data_ptr(), int(self.words.shape[0]), is_constant=False)
 
     def to(self, device: torch.device | str) -> torch.Tensor:
         """The words, which lie on ``device``."""

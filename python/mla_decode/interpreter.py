@@ -239,8 +239,9 @@ class _Interpreter:
             if len(states) < partial.num_mates:
                 return
             # In their order, not that of execution: every interleaving gives the same bits.
-            state = numerics.merge_mates([states[mate] for mate in range(partial.num_mates)])
+            state = numerics.merge([states[mate] for mate in range(partial.num_mates)])
             states.clear()
+        state = numerics.adopt(self.arguments, partial, state)
         numerics.store_partial(self.arguments, partial, state)
 
     def _publish(self, worker: _Worker) -> None:
@@ -266,10 +267,8 @@ class _Interpreter:
 
     def _missing(self, index: int) -> npt.NDArray[np.intp]:
         """Positions of the inputs whose flags an instruction still waits for."""
-        instruction = self.queue[index]
-        if not isinstance(instruction, Reduction):
-            return np.empty(0, np.intp)
-        return np.flatnonzero(self.flags[numerics.input_slots(instruction)] != self.epoch)
+        slots = numerics.slot_index(self.queue[index].inputs)
+        return np.flatnonzero(self.flags[slots] != self.epoch)
 
     def _explain(self) -> tuple[str, ...]:
         lines = []
@@ -277,11 +276,11 @@ class _Interpreter:
             if not worker.held:
                 continue
             index = worker.held[0]
-            reduction = self.queue[index]
-            assert isinstance(reduction, Reduction), "nothing else waits"
-            slot = reduction.inputs[self._missing(index)[0]]
+            instruction = self.queue[index]
+            kind = "partial" if isinstance(instruction, Partial) else "reduction"
+            slot = instruction.inputs[self._missing(index)[0]]
             lines.append(
-                f"worker {worker.number}: instruction {index} (uid {reduction.uid}, reduction) "
+                f"worker {worker.number}: instruction {index} (uid {instruction.uid}, {kind}) "
                 f"waits for flag [slot {slot}] == {self.epoch}, sees {self.flags[slot]}: "
                 f"{self._explain_writer(slot)}"
             )

@@ -103,6 +103,16 @@ def _max_clusters(cluster_ctas: int, index: int) -> int:
     return int(_kernels.max_clusters(cluster_ctas, index))
 
 
+class Queue(NamedTuple):
+    """Instructions on a GPU."""
+
+    instructions: int
+    """Their address."""
+    num_instructions: int
+    is_constant: bool
+    """No kernel writes them: a launch may read them while the kernels before it still run."""
+
+
 class Grid(NamedTuple):
     """CTAs of a launch, 0 for one per SM, and how many make a cluster."""
 
@@ -127,6 +137,7 @@ def launch(
         layout_of(arguments, device),
         instructions=words.data_ptr(),
         num_instructions=int(words.shape[0]) if num_instructions is None else num_instructions,
+        instructions_are_constant=False,
         timings=address(arguments.timings),
         queue_state=arguments.queue_state.data_ptr(),
         o_scratch=arguments.o_scratch.data_ptr(),
@@ -144,17 +155,17 @@ def launch(
 
 def bind(
     layout: DecodeLayout,
-    instructions: int,
-    num_instructions: int,
+    queue: Queue,
     views: WorkspaceViews,
     grid: Grid,
     spin_timeout_ns: int,
 ) -> BoundDecode:
-    """A queue and its scratch, for launches of one layout; ``instructions`` is an address."""
+    """A queue and its scratch, for launches of one layout."""
     return _kernels.BoundDecode(
         layout,
-        instructions=instructions,
-        num_instructions=num_instructions,
+        instructions=queue.instructions,
+        num_instructions=queue.num_instructions,
+        instructions_are_constant=queue.is_constant,
         timings=0,
         queue_state=views.queue_state.data_ptr(),
         o_scratch=views.o_scratch.data_ptr(),

@@ -96,14 +96,22 @@ def attend(arguments: KernelArguments, partial: Partial, kv: KvCache) -> State:
 
 def store_partial(arguments: KernelArguments, partial: Partial, state: State) -> None:
     """Write what a partial, or all its mates together, found."""
-    _, num_tokens = arguments.tokens_of(partial.q_batch)
-    rows = partial.rows(arguments.num_heads, num_tokens * arguments.num_heads)
+    rows = _rows_of(arguments, partial)
     _store(arguments, partial, rows, slice(0, LATENT_DIM), state)
 
 
-def merge_mates(states: Sequence[State]) -> State:
-    """Merge of what mates found, each over keys of its own."""
+def merge(states: Sequence[State]) -> State:
+    """Merge of what was found for the same rows, each over keys of its own."""
     return _merge(State(*(torch.stack(parts) for parts in zip(*states, strict=True))))
+
+
+def adopt(arguments: KernelArguments, partial: Partial, state: State) -> State:
+    """What a partial found, merged with what it adopts, if anything."""
+    if partial.adopted is None:
+        return state
+    rows = _rows_in_slot(_rows_of(arguments, partial))
+    out, lse_log2 = arguments.o_scratch[partial.adopted], arguments.lvec_scratch[partial.adopted]
+    return merge((state, State(out[rows], lse_log2[rows])))
 
 
 def run_reduction(arguments: KernelArguments, reduction: Reduction) -> None:
@@ -111,7 +119,7 @@ def run_reduction(arguments: KernelArguments, reduction: Reduction) -> None:
     a = arguments
     own, own_columns = reduction.rows(a.num_heads), reduction.columns()
     in_slot, columns = _rows_in_slot(own), slice(own_columns.start, own_columns.stop)
-    inputs = input_slots(reduction)
+    inputs = slot_index(reduction.inputs)
     states = State(a.o_scratch[inputs, in_slot, columns], a.lvec_scratch[inputs, in_slot])
     _store(a, reduction, own, columns, _merge(states))
 
@@ -141,12 +149,17 @@ def run_fill(arguments: KernelArguments, fill: Fill) -> None:
     _store_lse(a, tokens, heads, torch.full((len(tokens), a.num_heads), -math.inf))
 
 
-def input_slots(reduction: Reduction) -> list[int] | slice:
-    """The slots that a reduction reads, as an index: a run needs no list."""
-    inputs = reduction.inputs
+def slot_index(inputs: tuple[int, ...] | range) -> list[int] | slice:
+    """The slots that an instruction reads, as an index: a run needs no list."""
     if isinstance(inputs, range):
         return slice(inputs.start, inputs.stop, inputs.step)
     return list(inputs)
+
+
+def _rows_of(a: KernelArguments, partial: Partial) -> range:
+    """Rows of its sequence that a partial works on."""
+    _, num_tokens = a.tokens_of(partial.q_batch)
+    return partial.rows(a.num_heads, num_tokens * a.num_heads)
 
 
 def _rows_in_slot(rows: range) -> slice:

@@ -73,9 +73,7 @@ class Plan:
     _on_device: dict[torch.device, torch.Tensor] = field(
         default_factory=dict, init=False, repr=False
     )
-    _queues: dict[torch.device, tuple[int, int]] = field(
-        default_factory=dict, init=False, repr=False
-    )
+    _queues: dict[torch.device, native.Queue] = field(default_factory=dict, init=False, repr=False)
     _proved: bool = field(default=False, init=False, repr=False)
     cluster_ctas: int = field(default=1, init=False)
     """SMs of a cluster that may share a partial; 1: none do."""
@@ -214,8 +212,8 @@ class Plan:
             self._on_device[key] = torch.from_numpy(self.instructions.copy()).to(key)
         return self._on_device[key]
 
-    def queue(self, device: torch.device) -> tuple[int, int]:
-        """Address on ``device`` of the words, and how many instructions they are.
+    def queue(self, device: torch.device) -> native.Queue:
+        """The words on ``device``.
 
         Raises
         ------
@@ -227,7 +225,9 @@ class Plan:
             if not self._proved:
                 self.validate()
             words = self.to(device)
-            known = self._queues[words.device] = (words.data_ptr(), int(words.shape[0]))
+            known = self._queues[words.device] = native.Queue(
+                words.data_ptr(), int(words.shape[0]), is_constant=True
+            )
         return known
 
     def workspace(self, device: torch.device | str) -> Workspace:
@@ -568,9 +568,11 @@ def describe(instruction: Instruction) -> str:
         rows = f" rows {instruction.row_begin}+{instruction.num_rows or 'group'}"
         shared = instruction.num_mates > 0
         mate = f", mate {instruction.mate} of {instruction.num_mates}" if shared else ""
+        adopts = instruction.adopted is not None
+        adopted = f", adopts slot {instruction.adopted}" if adopts else ""
         return (
             f"partial  sequence {instruction.q_batch} keys [{instruction.start}, "
-            f"{instruction.end}){rows} -> {to}{mate}"
+            f"{instruction.end}){rows} -> {to}{mate}{adopted}"
         )
     if isinstance(instruction, Reduction):
         to = (

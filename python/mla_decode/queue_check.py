@@ -146,6 +146,10 @@ class _Partials(_Instructions):
         differ = isinstance(lim.rows, tuple)
         fits = ~(slot | differ) | (group <= lim.slot_rows)
         need(fits, 2, "dst_batch", f"rows that a scratch slot holds ({lim.slot_rows})")
+        exists = (w[:, 13] >= 0) & (w[:, 13] <= lim.num_slots)
+        need(exists, 13, "adopted", f"0 or 1 + a scratch slot, at most {lim.num_slots}")
+        fits = (w[:, 13] == 0) | (group <= lim.slot_rows)
+        need(fits, 13, "adopted", f"rows that a scratch slot holds ({lim.slot_rows})")
         self._check_mates()
 
     def _check_mates(self) -> None:
@@ -165,6 +169,7 @@ class _Partials(_Instructions):
             need(w[:, word] == words[first, word], word, name, "the same as of mate 0")
         follows = (mate == 0) | (w[:, 6] == words[at - 1, 7])
         need(follows, 6, "start", "the end of the mate before it")
+        need((count == 0) | (w[:, 13] == 0), 13, "adopted", "0, as mates adopt nothing")
 
 
 class _Reductions(_Instructions):

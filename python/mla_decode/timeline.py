@@ -35,7 +35,8 @@ class Slice:
     start_us: float
     end_us: float
     ready_us: float
-    """When its last input was there; until then it only held its SM."""
+    """When a reduction's last input was there; until then it only held its SM. Otherwise
+    ``start_us``: a partial that adopts a result has keys of its own to begin with."""
     instruction: Instruction
     phases: tuple[Phase, ...] = ()
     """Measured only; the phases of neighbours overlap, and so may these."""
@@ -66,7 +67,8 @@ class Timeline:
     num_kv_heads: int
     slices: tuple[Slice, ...]
     flows: tuple[tuple[int, int], ...]
-    """(partial or reduction, reduction that it feeds), as indices into ``slices``."""
+    """(partial or reduction, reader of its slot), as indices into ``slices``. The reader is a
+    reduction, or a partial that adopts the result."""
     floor_us: float
 
     @property
@@ -221,21 +223,18 @@ def _flows(slices: list[Slice]) -> tuple[tuple[int, int], ...]:
     by_end = sorted(slices, key=lambda s: s.end_us)
     writers = {s.instruction.slot: s.index for s in by_end if s.instruction.slot is not None}
     return tuple(
-        (writers[slot], s.index)
-        for s in slices
-        if isinstance(s.instruction, Reduction)
-        for slot in s.instruction.inputs
-        if slot in writers
+        (writers[slot], s.index) for s in slices for slot in s.instruction.inputs if slot in writers
     )
 
 
 def _finished(
     slices: list[Slice], flows: tuple[tuple[int, int], ...], batch: int
 ) -> tuple[Slice, ...]:
-    """Set ``ready_us`` to the end of the last input, and say whom a partial works for."""
+    """Set a reduction's ``ready_us`` to the end of its last input; say whom a partial is for."""
     ready = [s.start_us for s in slices]
     for source, target in flows:
-        ready[target] = max(ready[target], slices[source].end_us)
+        if isinstance(slices[target].instruction, Reduction):
+            ready[target] = max(ready[target], slices[source].end_us)
     finished = []
     for s in slices:
         kv_head = request = None

@@ -13,7 +13,7 @@ _MIN_US = 0.001  # of a slice: a flow must start and end inside one
 
 
 def write_trace(timeline: Timeline, path: str | Path) -> Path:
-    """Write one track per SM, a named slice per instruction, arrows into the reductions.
+    """Write one track per SM, a named slice per instruction, arrows to the readers of slots.
 
     An instruction's slice starts when its loads start and its predecessor on the SM is done,
     so that slices of a track do not overlap; its arguments hold the raw times. Measured
@@ -117,6 +117,8 @@ def _arguments(s: Slice, num_kv_heads: int) -> dict[str, Any]:
         args["keys"] = f"[{s.instruction.start}, {s.instruction.end})"
         if s.instruction.num_mates:
             args["mate"] = f"{s.instruction.mate} of {s.instruction.num_mates}"
+        if s.instruction.adopted is not None:
+            args["adopts"] = f"slot {s.instruction.adopted}"
     elif isinstance(s.instruction, Reduction):
         args["inputs"] = _describe_inputs(s.instruction.inputs)
     if s.fetched_us is not None:

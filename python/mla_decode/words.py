@@ -110,6 +110,11 @@ class Noop:
         """It writes no scratch slot."""
         return None
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """It reads no scratch slot."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -121,8 +126,12 @@ class Partial:
 
     ``num_mates`` 2, 4 or 8 partials, *mates*, share one destination: neighbours in the queue,
     ``mate`` 0 first, at a position that is a multiple of ``num_mates``. Their ranges of keys
-    follow each other; in everything else but the uid they agree. To a reduction they are one
+    follow each other; in everything else but the uid they agree. To what reads it they are one
     input, whose slot is the uid of mate 0. An ordinary partial has ``num_mates`` 0.
+
+    ``adopted`` names a scratch slot that holds the same rows' attention over other keys, or is
+    None. The partial merges that result with its own before it writes, as a reduction of the
+    two would. Mates adopt nothing.
     """
 
     uid: int
@@ -137,10 +146,11 @@ class Partial:
     dst_seq: int = 0
     num_mates: int = 0
     mate: int = 0
+    adopted: int | None = None
 
     def pack(self) -> Words:
         words = np.zeros(INSTRUCTION_WORDS, np.int32)
-        words[:13] = (
+        words[:14] = (
             OPCODE_MLA_PARTIAL,
             self.uid,
             self.dst_batch,
@@ -154,6 +164,7 @@ class Partial:
             self.num_rows,
             self.num_mates,
             self.mate,
+            0 if self.adopted is None else self.adopted + 1,
         )
         return words
 
@@ -161,6 +172,11 @@ class Partial:
     def slot(self) -> int | None:
         """Scratch slot that it writes, mates together, or None when it writes the output."""
         return -self.dst_batch - 1 if self.dst_batch < 0 else None
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Scratch slots that it reads: the adopted one, if any."""
+        return () if self.adopted is None else (self.adopted,)
 
     def rows(self, num_heads: int, sequence_rows: int) -> range:
         """Rows of its sequence, which has ``sequence_rows`` of them."""
@@ -247,6 +263,11 @@ class Fill:
         return None
 
     @property
+    def inputs(self) -> tuple[int, ...]:
+        """It reads no scratch slot."""
+        return ()
+
+    @property
     def tokens(self) -> range:
         """Tokens of the output."""
         return range(self.token_begin, self.token_end)
@@ -288,6 +309,7 @@ def decode_words(row: Sequence[int] | Words) -> Instruction | None:
             num_rows=w[10],
             num_mates=w[11],
             mate=w[12],
+            adopted=w[13] - 1 if w[13] else None,
         )
     if opcode == OPCODE_MLA_REDUCTION:
         shape = w[2]
