@@ -9,7 +9,7 @@ from typing import Any
 import mla_decode
 import numpy as np
 import torch
-from mla_decode import native, raw
+from mla_decode import interpreter, native, raw
 from mla_decode.arguments import KernelArguments
 from mla_decode.reference import Case, Errors, attention, compare
 from mla_decode.words import (
@@ -178,6 +178,23 @@ class Launch:
     def changed(self, before: dict[str, torch.Tensor]) -> list[str]:
         """Names of the tensors whose bits differ from ``before``."""
         return [n for n, t in before.items() if not same_bits(t, self.tensors[n])]
+
+
+def run_queue(case: Case, queue: list[Instruction], num_slots: int, **options: Any) -> Launch:
+    """A finished launch of hand-made instructions; ``options`` are the interpreter's."""
+    launch = Launch.of(case, pack(*queue), num_slots)
+    if options:
+        interpreter.run(launch.arguments(), **options)
+    else:
+        launch.run()
+    return launch
+
+
+def require_attention(launch: Launch) -> Launch:
+    """The launch, whose result must agree with the float64 reference."""
+    errors = launch.errors()
+    assert errors.passed, errors
+    return launch
 
 
 def cut(

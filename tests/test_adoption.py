@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from mla_decode.reference import Case, make_case
 from mla_decode.trace_file import write_trace
 from mla_decode.words import Instruction, Partial, Reduction
 
-from tests.support import Launch, cut, pack, plan_of, same_bits
+from tests.support import Launch, cut, pack, plan_of, require_attention, run_queue, same_bits
 
 WHOLE_CHAIN = 1 << 16  # longer than any
 
@@ -53,22 +52,6 @@ def chained(case: Case, tiles: int, pieces: int) -> tuple[list[Instruction], int
     return [*reversed(to_slot.values()), *others], num_slots
 
 
-def run(case: Case, queue: list[Instruction], num_slots: int, **options: Any) -> Launch:
-    launch = Launch.of(case, pack(*queue), num_slots)
-    if options:
-        interpreter.run(launch.arguments(), **options)
-    else:
-        launch.run()
-    return launch
-
-
-def require_attention(case: Case, queue: list[Instruction], num_slots: int) -> Launch:
-    launch = run(case, queue, num_slots)
-    errors = launch.errors()
-    assert errors.passed, errors
-    return launch
-
-
 # Words; that they unpack to what was packed, test_interpreter.py has
 
 
@@ -98,7 +81,7 @@ def test_chains_give_attention(tokens: int | list[int], pieces: int) -> None:
     assert any(isinstance(i, Partial) and i.adopted is not None for i in queue)
     assert any(isinstance(i, Reduction) for i in queue) == (pieces == 2)
     _scheduler.validate(pack(*queue), case.seq_lens, case.num_heads, case.tokens, num_slots)
-    require_attention(case, queue, num_slots)
+    require_attention(run_queue(case, queue, num_slots))
 
 
 @pytest.mark.parametrize("tokens", (1, 4))
@@ -108,8 +91,8 @@ def test_adoption_agrees_with_a_reduction_of_the_two(tokens: int) -> None:
     last, first = halves()
     merge = Reduction(200, 0, 0, range(2), num_rows=16 * tokens)
     apart = replace(first, uid=1, dst_batch=-2, adopted=None)
-    adopted = require_attention(case, [last, first], 1)
-    reduced = run(case, [last, apart, merge], 2)
+    adopted = require_attention(run_queue(case, [last, first], 1))
+    reduced = run_queue(case, [last, apart, merge], 2)
     assert same_bits(adopted.o, reduced.o)
     assert same_bits(adopted.lse, reduced.lse)
 
@@ -122,7 +105,7 @@ def test_keys_that_a_row_does_not_see_change_nothing(blind: str) -> None:
     if blind == "own":
         last = replace(last, start=first.start, end=first.end)
         first = replace(first, start=64, end=66)
-    require_attention(case, [last, first], 1)
+    require_attention(run_queue(case, [last, first], 1))
 
 
 @pytest.mark.parametrize("pieces", (2, WHOLE_CHAIN))
@@ -130,9 +113,9 @@ def test_keys_that_a_row_does_not_see_change_nothing(blind: str) -> None:
 def test_every_interleaving_agrees(workers: int, pieces: int) -> None:
     case = make_case([700, 450, 30], 16, 3, attn_sink=torch.linspace(-2, 4, 16))
     queue, num_slots = chained(case, 2, pieces)
-    in_order = require_attention(case, queue, num_slots)
+    in_order = require_attention(run_queue(case, queue, num_slots))
     for seed in (None, 0, 1, 2):
-        shuffled = run(case, queue, num_slots, num_workers=workers, seed=seed)
+        shuffled = run_queue(case, queue, num_slots, num_workers=workers, seed=seed)
         assert same_bits(in_order.o, shuffled.o)
         assert same_bits(in_order.lse, shuffled.lse)
 

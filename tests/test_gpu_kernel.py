@@ -60,6 +60,19 @@ def decode(case: Case, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
     return out, lse
 
 
+def require_the_same_bits(case: Case, plan: mla_decode.Plan, *, launches: int) -> None:
+    """Right at first, and every launch behind it, back to back, writes the same."""
+    launch = Launch.of_plan(case, plan)
+    launch.run()
+    mla_decode.synchronize()
+    first = launch.o.clone()
+    assert compare(first, launch.lse, *attention(case)).passed
+    for _ in range(launches):
+        launch.run(check_queue=False)
+    mla_decode.synchronize()
+    assert same_bits(first, launch.o)
+
+
 # Against the interpreter, on the same words
 
 
@@ -174,15 +187,7 @@ def test_plans_that_adopt_replay_bit_identically(num_heads: int, new_tokens: int
     case = make_case(lengths, num_heads, new_tokens, device="cuda")
     plan = mla_decode.plan(lengths, num_heads, new_tokens)
     assert any(isinstance(i, Partial) and i.adopted is not None for i in plan.decoded())
-    launch = Launch.of_plan(case, plan)
-    launch.run()
-    mla_decode.synchronize()
-    first = launch.o.clone()
-    assert compare(first, launch.lse, *attention(case)).passed
-    for _ in range(1000):
-        launch.run(check_queue=False)
-    mla_decode.synchronize()
-    assert same_bits(launch.o, first)
+    require_the_same_bits(case, plan, launches=1000)
 
 
 def test_a_slot_that_nobody_writes_is_not_adopted_for_ever() -> None:
@@ -426,15 +431,7 @@ def test_launches_in_a_row_over_mixed_queues_give_the_same_bits(
     lengths = [64 * (1 + 7 * i % 40) + i for i in range(120)]
     case = make_case(lengths, num_heads, new_tokens, device="cuda")
     plan = mla_decode.plan(lengths, num_heads, new_tokens, policy="fixed", split_tiles=8)
-    launch = Launch.of_plan(case, plan)
-    launch.run()
-    mla_decode.synchronize()
-    first = launch.o.clone()
-    assert compare(first, launch.lse, *attention(case)).passed
-    for _ in range(300):
-        launch.run(check_queue=False)
-    mla_decode.synchronize()
-    assert same_bits(first, launch.o)
+    require_the_same_bits(case, plan, launches=300)
 
 
 def test_nothing_is_written_outside_the_plans_slots() -> None:

@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ from mla_decode.words import (
     decode_queue,
 )
 
-from tests.support import Launch, cut, pack, plan_of, same_bits
+from tests.support import Launch, cut, pack, plan_of, require_attention, run_queue, same_bits
 
 COUNTS = (2, 4, 8)
 NARROW, WIDE = 16, 64  # heads: rows of a group of one new token
@@ -66,22 +65,10 @@ def shared(case: Case, count: int, gangs: int = 1) -> tuple[list[Instruction], i
     return [*mates, *others], num_slots
 
 
-def run(case: Case, queue: list[Instruction], num_slots: int, **options: Any) -> Launch:
-    launch = Launch.of(case, pack(*queue), num_slots)
-    if options:
-        interpreter.run(launch.arguments(), **options)
-    else:
-        launch.run()
-    return launch
-
-
-def require_attention(case: Case, count: int, gangs: int = 1) -> Launch:
+def require_shared_attention(case: Case, count: int, gangs: int = 1) -> Launch:
     queue, num_slots = shared(case, count, gangs)
     assert any(isinstance(i, Partial) and i.num_mates == count for i in queue)
-    launch = run(case, queue, num_slots)
-    errors = launch.errors()
-    assert errors.passed, errors
-    return launch
+    return require_attention(run_queue(case, queue, num_slots))
 
 
 # Words
@@ -122,7 +109,7 @@ def test_mates_give_attention(count: int, heads: int, gangs: int) -> None:
     queue, num_slots = shared(case, count, gangs)
     assert num_slots == (gangs if gangs > 1 else 0)
     assert len(queue) == gangs * count + (gangs > 1)
-    launch = require_attention(case, count, gangs)
+    launch = require_shared_attention(case, count, gangs)
     assert launch.completion_flag.tolist() == [1] * num_slots
 
 
@@ -132,13 +119,13 @@ def test_mates_give_attention(count: int, heads: int, gangs: int) -> None:
 def test_ragged_batches_give_attention(tokens: int | list[int], count: int, gangs: int) -> None:
     """Several row groups, mates beside ordinary partials, an empty request."""
     case = make_case([2000, 64, 1535, 700, 0], 12, tokens, seed=count)
-    require_attention(case, count, gangs)
+    require_shared_attention(case, count, gangs)
 
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_kv_heads_and_fp16_give_attention(count: int) -> None:
     case = make_case([900, 1300], 2 * NARROW, 2, h_kv=2, dtype=torch.float16)
-    require_attention(case, count, 2)
+    require_shared_attention(case, count, 2)
 
 
 @pytest.mark.parametrize("gangs", (1, 2))
@@ -148,8 +135,8 @@ def test_sinks_scale_the_output_once_and_leave_the_lse(count: int, heads: int, g
     """As large as they are, a sink in every mate's share would show."""
     sizes = ([1300, 700], heads, 2)
     sinks = torch.linspace(-3, 9, heads)
-    with_sinks = require_attention(make_case(*sizes, attn_sink=sinks), count, gangs)
-    without = require_attention(make_case(*sizes), count, gangs)
+    with_sinks = require_shared_attention(make_case(*sizes, attn_sink=sinks), count, gangs)
+    without = require_shared_attention(make_case(*sizes), count, gangs)
     assert same_bits(with_sinks.lse, without.lse)
     assert same_bits(with_sinks.o_scratch, without.o_scratch), "a sink is no part of a partial"
     assert not same_bits(with_sinks.o, without.o)
@@ -166,7 +153,7 @@ def test_mate_without_a_visible_key_changes_nothing(count: int, heads: int, to_s
     mates = gang(Partial(0, dst, 0, 0, length, length), count, 100)
     assert mates[-1].end - mates[-1].start == 2
     merge = Reduction(200, 0, 0, range(1), num_rows=4 * heads)
-    launch = run(case, [*mates, merge] if to_slot else [*mates], int(to_slot))
+    launch = run_queue(case, [*mates, merge] if to_slot else [*mates], int(to_slot))
     errors = launch.errors()
     assert errors.passed, errors
 
@@ -178,8 +165,8 @@ def test_mates_agree_with_a_reduction_of_the_same_ranges(count: int) -> None:
     mates = gang(Partial(0, 0, 0, 0, 1000, 1000), count, 100)
     apart = [replace(m, uid=i, dst_batch=-i - 1, num_mates=0, mate=0) for i, m in enumerate(mates)]
     merge = Reduction(200, 0, 0, range(count), num_rows=2 * NARROW)
-    together = run(case, [*mates], 0)
-    reduced = run(case, [*apart, merge], count)
+    together = run_queue(case, [*mates], 0)
+    reduced = run_queue(case, [*apart, merge], count)
     assert same_bits(together.o, reduced.o)
     assert same_bits(together.lse, reduced.lse)
 
@@ -193,11 +180,11 @@ def test_mates_agree_with_a_reduction_of_the_same_ranges(count: int) -> None:
 def test_every_interleaving_agrees(workers: int, count: int, gangs: int) -> None:
     case = make_case([1400, 900, 30], NARROW, 3, attn_sink=torch.linspace(-2, 4, NARROW))
     queue, num_slots = shared(case, count, gangs)
-    in_order = run(case, queue, num_slots)
+    in_order = run_queue(case, queue, num_slots)
     errors = in_order.errors()
     assert errors.passed, errors
     for seed in (None, 0, 1, 2):
-        shuffled = run(case, queue, num_slots, num_workers=workers, seed=seed)
+        shuffled = run_queue(case, queue, num_slots, num_workers=workers, seed=seed)
         assert same_bits(in_order.o, shuffled.o)
         assert same_bits(in_order.lse, shuffled.lse)
 
@@ -254,7 +241,7 @@ def test_queue_of_mates_passes_the_checks() -> None:
     case = make_case([2000, 1500], NARROW, 1)
     for count in COUNTS:
         queue, num_slots = shared(case, count)
-        run(case, queue, num_slots)
+        run_queue(case, queue, num_slots)
 
 
 BAD_WORDS = {  # queue position, word, value, message
