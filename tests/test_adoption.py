@@ -84,6 +84,17 @@ def test_chains_give_attention(tokens: int | list[int], pieces: int) -> None:
     require_attention(run_queue(case, queue, num_slots))
 
 
+@pytest.mark.parametrize("heads, tokens", ((16, 1), (16, 4), (48, 3)))
+def test_plans_that_adopt_give_attention(heads: int, tokens: int) -> None:
+    case = make_case([900] * 9, heads, tokens, attn_sink=torch.linspace(-3, 9, heads))
+    plan = plan_of(case, num_workers=6)
+    assert any(isinstance(i, Partial) and i.adopted is not None for i in plan.decoded())
+    in_order = run_queue(case, plan.decoded(), plan.num_slots)
+    for seed in (None, 0, 1):
+        launch = run_queue(case, plan.decoded(), plan.num_slots, num_workers=6, seed=seed)
+        assert same_bits(in_order.o, require_attention(launch).o)
+
+
 @pytest.mark.parametrize("tokens", (1, 4))
 def test_adoption_agrees_with_a_reduction_of_the_two(tokens: int) -> None:
     """One merge, whoever does it: the same bits."""

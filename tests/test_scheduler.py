@@ -336,6 +336,46 @@ def test_backward_grows_a_tree_where_inputs_are_many() -> None:
     assert plan.predicted_us < make_plan([65536], policy="unsplit").predicted_us / 10
 
 
+def num_adopted(plan: PlanData) -> int:
+    words = plan.instructions
+    return int(((words[:, 0] == PARTIAL) & (words[:, 13] > 0)).sum())
+
+
+@pytest.mark.parametrize(("count", "heads", "tokens"), [(200, 16, 1), (150, 64, 1), (128, 128, 2)])
+def test_sequences_cut_in_two_are_merged_by_adoption(count: int, heads: int, tokens: int) -> None:
+    """More sequences than gangs, on a line: no reduction is left at the end."""
+    plan = make_plan([8192] * count, heads, tokens)
+    assert num_adopted(plan) > 100
+    assert opcode_count(plan, REDUCTION) == 0
+
+
+def test_sequences_cut_in_more_pieces_are_merged_by_reductions() -> None:
+    """Nearly all of them are: who adopts would only delay the others' reductions."""
+    plan = make_plan([6835] * 37, 32)
+    assert opcode_count(plan, REDUCTION) > 0
+    assert num_adopted(plan) == 0
+
+
+def test_no_other_policy_adopts() -> None:
+    for policy in ("fixed", "backward", "unsplit", "batch_invariant"):
+        plan = make_plan([4096] * 200, policy=policy, split_tiles=48 if policy == "fixed" else 0)
+        assert num_adopted(plan) == 0
+
+
+def test_who_adopts_waits_for_what_it_adopts() -> None:
+    """One worker for each half: the second half is the longer one, and the first waits for it."""
+    words = np.zeros((2, 32), np.int32)
+    words[0, :11] = PARTIAL, 0, -1, 0, 0, 0, 640, 6400, 6400, 0, 16
+    words[1, :11] = PARTIAL, 1, 0, 0, 0, 0, 0, 640, 6400, 0, 16
+    words[1, 13] = 1
+    _scheduler.validate(words, [6400], 16, 1, 1)
+    _, _, end, _ = _scheduler.simulate(words, 16, 1, 2, COST)
+    merged_kib, stored_kib = 16 * 2, 16
+    waits = COST.dependency_us + COST.adopt_fixed_us + merged_kib * COST.adopt_kib_us
+    expected = waits + stored_kib * COST.partial_store_kib_us
+    assert end[1] - end[0] == pytest.approx(expected, rel=1e-4)
+
+
 LOGNORMAL = np.random.default_rng(2).lognormal(8, 1, 128).astype(int).tolist()
 
 
@@ -369,8 +409,14 @@ def test_planning_128_requests_takes_less_than_a_millisecond(
 # --- simulation -------------------------------------------------------------------------
 
 
-def test_simulating_the_words_gives_the_prediction() -> None:
-    lens, tokens = [4641, 45118, 1730, 1696, 0], [4, 2, 16, 9, 3]
+@pytest.mark.parametrize(
+    ("lens", "tokens"),
+    [([4641, 45118, 1730, 1696, 0], [4, 2, 16, 9, 3]), ([4096] * 200, 1), ([700] * 150, [4] * 150)],
+    ids=["few", "adopting", "adopting_wide"],
+)
+def test_simulating_the_words_gives_the_prediction(
+    lens: list[int], tokens: int | list[int]
+) -> None:
     plan = make_plan(lens, tokens=tokens)
     worker, start, end, makespan = _scheduler.simulate(plan.instructions, 16, tokens, NUM_SMS, COST)
     np.testing.assert_array_equal(worker, plan.worker)
