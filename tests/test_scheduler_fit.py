@@ -75,6 +75,20 @@ def test_what_is_fixed_or_unmeasured_stays() -> None:
     assert "reduction_kib_us" in result.uncertain
 
 
+@pytest.mark.parametrize("seq_lens", ([1024] * 8, [4096] * 200), ids=["mates", "adopting"])
+def test_a_run_is_planned_anew_as_it_was_measured(seq_lens: list[int]) -> None:
+    """With the clusters of the device, whose plans may leave SMs out."""
+    clusters = [(2, 66), (8, 15)]
+    plan = _scheduler.plan(seq_lens, 16, 1, 132, CostModel(), clusters=clusters)
+    assert plan.instructions[:, 11].any() or plan.instructions[:, 13].any()
+    run = {"seq_lens": seq_lens, "num_heads": 16, "new_tokens": 1, "us": plan.predicted_us}
+    document = json.loads(json.dumps({"num_workers": 132, "clusters": clusters, "runs": [run]}))
+    (read,) = fit_cost_model.read_runs(document, CostModel())
+    np.testing.assert_array_equal(read.instructions, plan.instructions)
+    assert read.num_workers == plan.num_workers
+    assert read.residuals(CostModel()) == pytest.approx([0.0], abs=1e-6)
+
+
 def test_the_command_writes_a_cost_model_file(tmp_path: Path) -> None:
     source, target = tmp_path / "runs.json", tmp_path / "model.json"
     source.write_text(json.dumps(measurements(with_timings=False)), encoding="utf-8")

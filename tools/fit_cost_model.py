@@ -4,14 +4,14 @@
 
 ``measurements.json`` holds the name of the device and a list of runs::
 
-    {"device": "NVIDIA H200", "num_workers": 132, "runs": [
+    {"device": "NVIDIA H200", "num_workers": 132, "clusters": [[2, 66], [8, 15]], "runs": [
         {"seq_lens": [65536], "num_heads": 16, "new_tokens": 1,
          "instructions": [[1, 0, ...], ...],        # the queue that ran, 32 words each
          "us": 28.1,                                # a whole call, and / or
          "timings_us": [[2.0, 21.5], ...]}]}        # start and end of each instruction
 
-A run without ``instructions`` is planned anew, by its ``policy`` and ``split_tiles`` and
-under the model that the fit starts from: that of the run, it is assumed.
+A run without ``instructions`` is planned anew, by its ``policy`` and ``split_tiles``, with the
+device's ``clusters`` and under the model that the fit starts from: that of the run, it is assumed.
 
 Every constant is varied by factors, so it stays positive. The residuals are relative, one per
 run for ``us`` and one per instruction for ``timings_us``; the latter weigh as much as the
@@ -84,6 +84,7 @@ class Fit:
 def read_runs(document: dict[str, Any], base: CostModel) -> list[Run]:
     """Parse the measurements; raises ValueError naming the run."""
     runs = []
+    clusters = [(int(size), int(count)) for size, count in document.get("clusters", ())]
     for i, entry in enumerate(document["runs"]):
         num_workers = int(entry.get("num_workers", document.get("num_workers", 132)))
         heads, tokens = int(entry["num_heads"]), int(entry["new_tokens"])
@@ -91,9 +92,17 @@ def read_runs(document: dict[str, Any], base: CostModel) -> list[Run]:
             instructions = np.array(entry["instructions"], dtype=np.int32)
         else:
             policy, split_tiles = entry.get("policy", "balanced"), int(entry.get("split_tiles", 0))
-            instructions = _scheduler.plan(
-                entry["seq_lens"], heads, tokens, num_workers, base, policy, split_tiles
-            ).instructions
+            plan = _scheduler.plan(
+                entry["seq_lens"],
+                heads,
+                tokens,
+                num_workers,
+                base,
+                policy,
+                split_tiles,
+                clusters=clusters,
+            )
+            instructions, num_workers = plan.instructions, plan.num_workers
         timings = entry.get("timings_us")
         if timings is not None and np.shape(timings) != (len(instructions), 2):
             raise ValueError(

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "python"))
 
 import mla_decode  # noqa: E402
 from mla_decode.measure import decode_us  # noqa: E402
+from mla_decode.planning import clusters_of  # noqa: E402
 from mla_decode.reference import make_case  # noqa: E402
 
 MAX_TOKENS = 600_000  # of one batch: 0.7 GB of cache
@@ -76,8 +77,14 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.empty_cache()  # each graph keeps memory of its own
         print(f"\r{index + 1}/{arguments.runs}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    device = torch.cuda.get_device_properties(torch.cuda.current_device())
-    document = {"device": device.name, "num_workers": device.multi_processor_count, "runs": runs}
+    device = torch.device("cuda", torch.cuda.current_device())
+    properties = torch.cuda.get_device_properties(device)
+    document = {
+        "device": properties.name,
+        "num_workers": properties.multi_processor_count,
+        "clusters": clusters_of(device),
+        "runs": runs,
+    }
     arguments.output.write_text(json.dumps(document))
     return 0
 
