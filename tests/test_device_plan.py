@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from mla_decode import _scheduler, cost
+from mla_decode import CostModel, _scheduler, cost
 from mla_decode.device_plan import choose_clusters
 from mla_decode.planning import DEFAULT_CLUSTERS
+from mla_decode.words import NARROW_ROWS
 
-from benchmarks.shapes import SHAPES, random_shapes
+from benchmarks.shapes import SHAPES, Shape, random_shapes
 
 COST = cost.load("NVIDIA H200")
-CONSTANTS = list(COST.as_dict().values())
 NUM_WORKERS = 132
 UNTOUCHED = 0x55555555
 
@@ -39,6 +39,7 @@ class Batch:
     split_tiles: int = 0
     workers: int = NUM_WORKERS
     cluster_ctas: int = 1
+    model: CostModel = field(default_factory=lambda: COST)
 
     @property
     def s_q(self) -> int:
@@ -91,7 +92,7 @@ def planned(batch: Batch) -> Planned:
         seq_lens=np.array(batch.lens, np.int32),
         cu_seqlens_q=offsets,
         cluster_ctas=batch.cluster_ctas,
-        cost=CONSTANTS,
+        cost=list(batch.model.as_dict().values()),
         instructions=words,
         header=header,
         **sizes,
@@ -274,16 +275,36 @@ AVAILABLE = (DEFAULT_CLUSTERS, ((2, 66), (4, 30), (8, 15)), ((2, 66),), ())
 def test_plans_are_within_a_tenth_of_the_host_planners(
     available: tuple[tuple[int, int], ...],
 ) -> None:
+    require_nearly_the_host_planners([*SHAPES.values(), *random_shapes(200, seed=7)], available)
+
+
+def test_plans_of_narrow_kernels_are_within_a_tenth_of_the_host_planners() -> None:
+    narrow = cost.load("NVIDIA H200", NARROW_ROWS)
+    shapes = [shape for seed in range(7, 11) for shape in random_shapes(100, seed)]
+    shapes = [shape for shape in shapes if rows_of(shape) <= NARROW_ROWS]
+    assert len(shapes) > 100
+    require_nearly_the_host_planners(shapes, DEFAULT_CLUSTERS, narrow)
+
+
+def rows_of(shape: Shape) -> int:
+    assert isinstance(shape.new_tokens, int)
+    return shape.new_tokens * shape.num_heads
+
+
+def require_nearly_the_host_planners(
+    shapes: list[Shape], available: tuple[tuple[int, int], ...], model: CostModel = COST
+) -> None:
     ratios = {}
-    for shape in [*SHAPES.values(), *random_shapes(200, seed=7)]:
+    for shape in shapes:
         lens, tokens = list(shape.seq_lens), shape.new_tokens
         assert isinstance(tokens, int)
-        groups = len(lens) * -(-tokens * shape.num_heads // _scheduler.MAX_ROWS)
+        groups = len(lens) * -(-rows_of(shape) // _scheduler.MAX_ROWS)
         size, workers = choose_clusters(groups, max(lens), NUM_WORKERS, available)
-        plan = planned(Batch(lens, tokens, shape.num_heads, workers=workers, cluster_ctas=size))
-        makespan_us = _scheduler.simulate(plan.words, shape.num_heads, tokens, workers, COST)[3]
+        batch = Batch(lens, tokens, shape.num_heads, workers=workers, cluster_ctas=size)
+        words = planned(replace(batch, model=model)).words
+        makespan_us = _scheduler.simulate(words, shape.num_heads, tokens, workers, model)[3]
         clusters = [(size, workers // size)] if size > 1 else []
-        host = _scheduler.plan(lens, shape.num_heads, tokens, NUM_WORKERS, COST, clusters=clusters)
+        host = _scheduler.plan(lens, shape.num_heads, tokens, NUM_WORKERS, model, clusters=clusters)
         ratios[shape.name] = makespan_us / host.predicted_us
     print(f"mean {np.mean(list(ratios.values())):.4f}, worst {max(ratios.values()):.4f}")
     assert {name: ratio for name, ratio in ratios.items() if ratio > 1.10} == {}
