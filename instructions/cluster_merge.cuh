@@ -1,7 +1,11 @@
 // The end of a partial that CTAs of one cluster share, mates. Each has worked on KV positions of
-// its own. Now each sends its result, as floats, to the mates, every one its share of the latent
-// columns, straight into their shared memory; merges what it gets; and writes it: to the output, or
-// to the one scratch slot that they have.
+// its own. Now each sends its result to the mates, every one its share of the latent columns,
+// straight into their shared memory; merges what it gets; and writes it: to the output, or to the
+// one scratch slot that they have.
+//
+// What an SM sends takes a cycle for every 15 bytes. So in a wide kernel columns are sent as
+// halves, scaled to fit: of each row those of either half by a power of two. In a narrow kernel,
+// where there are few of them, to find that scale would take longer than to send floats.
 //
 // For a CTA's first instruction only. All its pages are its own then, the ring lies in one piece,
 // and it is known which CTA has which part.
@@ -22,12 +26,28 @@ enum ClusterBarrier {
     kNumClusterBarriers,
 };
 
+// The power of two that brings floats up to `bound` below 2^15, and its inverse. Halves reach 2^29
+// times farther down than that with all of their bits. Infinities and NaN stay what they are.
+struct HalfRange {
+    float scale, inverse;
+
+    __device__ explicit HalfRange(float bound) {
+        constexpr uint32_t kSignificandBits = 23;
+        constexpr uint32_t kLeast = 64;  // smaller ones need no more than 2^77
+        const uint32_t exponent = max(__float_as_uint(bound) >> kSignificandBits, kLeast);
+        scale = __uint_as_float(268 - exponent << kSignificandBits);  // bound < 2^(exponent - 126)
+        inverse = __uint_as_float(exponent - 14 << kSignificandBits);
+    }
+};
+
 template <class Config>
 class ClusterMerge {
     using State = mk::State<Config>;
     using Element = typename Config::Element;
     using Pages = PartialPages<Config>;
     static_assert(kNumClusterBarriers <= Config::kNumClusterBarriers);
+
+    static constexpr bool kSendsHalves = !Config::kNarrow;
 
     // A thread sums four columns of a row, a team of threads a chunk.
     static constexpr int kTeamThreads = kColumnChunk / 4;
@@ -38,13 +58,16 @@ class ClusterMerge {
     static_assert(mk::kMaxClusterCtas <= kChunks);
     static constexpr int kChunkColumnsLog2 = 6;
     static_assert(kColumnChunk == 1 << kChunkColumnsLog2);
-    static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(float);
-    static constexpr uint32_t kRowBytes = kLatentDim * sizeof(float);
-    static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(float)) <=
-                      Pages::kRing * Config::kSmemPageBytes,
-                  "the ring is the inbox");
+
+    // What a mate says of a row as a whole.
+    struct RowNote {
+        float weight;  // at first the row's LSE
+        float scale;   // of its columns, if they are halves
+    };
 
   public:
+    using Sent = std::conditional_t<kSendsHalves, kittens::half, float>;
+
     __device__ ClusterMerge(const MlaGlobals& g, const State& state, const PartialWork& work)
         : g(g), state(state), work(work) {}
 
@@ -53,8 +76,11 @@ class ClusterMerge {
         const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
         const uint32_t open = state.cluster_barrier(kInboxesOpen);
         if (lane == work.mate) {
-            expect(kLsesHere, work.num_mates * row_bytes(sizeof(float)));
-            expect(kColumnsHere, (work.num_mates - 1) * row_bytes(kChunkBytes << chunks_log2()));
+            const uint32_t note_bytes = work.num_mates * row_bytes(sizeof(float));
+            expect(kLsesHere, note_bytes);
+            expect(kColumnsHere,
+                   (work.num_mates - 1) * row_bytes(kChunkBytes << chunks_log2()) +
+                       (kSendsHalves ? note_bytes : 0));
             mk::ptx::mbar_arrive(open, mk::kMaxClusterCtas - work.num_mates + 1);
         } else if (lane < work.num_mates) {
             mk::ptx::mbar_arrive_at(at_mate(open, lane));
@@ -63,21 +89,23 @@ class ClusterMerge {
     }
     __device__ void wait_open() const { state.wait_cluster(kInboxesOpen); }
 
-    // A row's LSE, to all. (In a launch that has failed they may have left.)
-    __device__ void send_lse(int row, float lse_log2) const {
-        if (state.failed()) return;
-        const uint32_t to = inbox() + lse_offset(work.mate, row);
-        const uint32_t here = state.cluster_barrier(kLsesHere);
-        for (int mate = 0; mate < work.num_mates; ++mate) {
-            mk::ptx::send_float(at_mate(to, mate), lse_log2, at_mate(here, mate));
-        }
+    // A row's LSE, to one of all mates.
+    __device__ void send_lse(int row, int mate, float lse_log2) const {
+        send(note_offset(work.mate, row) + offsetof(RowNote, weight), mate, lse_log2, kLsesHere);
     }
-    // Returns what sends four columns of a row, from `col` on, to the mate whose they are.
+    // What a row's columns in one half are to be multiplied with, to one of half_mates().
+    __device__ void send_scale(int row, int mate, float scale) const {
+        send(note_offset(work.mate, row) + offsetof(RowNote, scale), mate, scale, kColumnsHere);
+    }
+    // So many mates write columns of the left half, and as many of the right one.
+    __device__ int half_mates() const { return work.num_mates / 2; }
+
+    // Returns what sends 16 bytes of a row's columns, from `col` on, to the mate whose they are.
     __device__ auto sender(int col) const {
         const int mate = col >> chunks_log2() + kChunkColumnsLog2;
         const bool is_own = mate == work.mate;
         const uint32_t own = inbox() + work.mate * row_bytes(kChunkBytes << chunks_log2()) +
-                             (col - first_col(mate)) * static_cast<uint32_t>(sizeof(float));
+                             (col - first_col(mate)) * static_cast<uint32_t>(sizeof(Sent));
         const uint32_t first = is_own ? own : at_mate(own, mate);
         const uint32_t here = at_mate(state.cluster_barrier(kColumnsHere), mate);
         const uint32_t step = kChunkBytes << chunks_log2();
@@ -124,19 +152,31 @@ class ClusterMerge {
     const State& state;
     const PartialWork& work;
 
+    static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(Sent);
+    static constexpr uint32_t kRowBytes = kLatentDim * sizeof(Sent);
+    static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(RowNote)) <=
+                      Pages::kRing * Config::kSmemPageBytes,
+                  "the ring is the inbox");
+
     // Chunks of 64 columns that a mate has.
     __device__ int chunks_log2() const { return kChunksLog2 - (31 - __clz(work.num_mates)); }
     __device__ int first_col(int mate) const { return mate << chunks_log2() + kChunkColumnsLog2; }
 
-    // In the inbox: of each mate, all rows with the columns that are this CTA's; then the LSEs.
+    // In the inbox: of each mate, all rows with the columns that are this CTA's; then the notes.
     __device__ uint32_t inbox() const { return mk::ptx::smem_address(state.page(Pages::kQPages)); }
     __device__ uint32_t row_bytes(uint32_t bytes) const { return work.num_rows * bytes; }
-    __device__ uint32_t lse_offset(int mate, int row) const {
+    __device__ uint32_t note_offset(int mate, int row) const {
         return row_bytes(kRowBytes) +
-               (mate * work.num_rows + row) * static_cast<uint32_t>(sizeof(float));
+               (mate * work.num_rows + row) * static_cast<uint32_t>(sizeof(RowNote));
     }
     __device__ uint32_t at_mate(uint32_t address, int mate) const {
         return mk::ptx::address_at(address, mk::ptx::cluster_rank() - work.mate + mate);
+    }
+    // (In a launch that has failed the mate may have left.)
+    __device__ void send(uint32_t offset, int mate, float value, ClusterBarrier here) const {
+        if (state.failed()) return;
+        mk::ptx::send_float(
+            at_mate(inbox() + offset, mate), value, at_mate(state.cluster_barrier(here), mate));
     }
     __device__ void expect(ClusterBarrier barrier, uint32_t bytes) const {
         const uint32_t mbar = state.cluster_barrier(barrier);
@@ -154,7 +194,7 @@ class ClusterMerge {
         for (int first = 0; first < work.num_rows; first += kConsumerThreads / kMost) {
             const int row = first + mk::ptx::thread_in_cta() / kMost;
             const bool wanted = exists && row < work.num_rows;
-            const float lse_log2 = wanted ? weight(mate, row) : -INFINITY;
+            const float lse_log2 = wanted ? note(mate, row).weight : -INFINITY;
             const float top = RowState::finite(
                 over_mates(lse_log2, [](float x, float y) { return fmaxf(x, y); }));
             const float own = mk::ptx::exp2_approx(lse_log2 - top);
@@ -165,7 +205,7 @@ class ClusterMerge {
                 work.store_lse(g, row, seen ? top + __log2f(total) : -INFINITY);
             }
             const float sink = mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
-            weight(mate, row) = seen ? own * mk::ptx::reciprocal_approx(total + sink) : 0.f;
+            note(mate, row).weight = seen ? own * mk::ptx::reciprocal_approx(total + sink) : 0.f;
         }
     }
     template <class Combine>
@@ -176,8 +216,8 @@ class ClusterMerge {
         }
         return x;
     }
-    __device__ float& weight(int mate, int row) const {
-        return *reinterpret_cast<float*>(state.page(Pages::kQPages) + lse_offset(mate, row));
+    __device__ RowNote& note(int mate, int row) const {
+        return *reinterpret_cast<RowNote*>(state.page(Pages::kQPages) + note_offset(mate, row));
     }
 
     // The number of mates is known to the compiler: this is executed for every row, and waits for
@@ -187,7 +227,7 @@ class ClusterMerge {
         constexpr int kOwnChunks = kChunks / kMates;
         const int team = mk::ptx::thread_in_cta() / kTeamThreads;
         const int col = mk::ptx::thread_in_cta() % kTeamThreads * 4;
-        const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(float));
+        const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(Sent));
         const uint32_t of_mate = row_bytes(kOwnChunks * kChunkBytes);
 #pragma unroll 1
         for (int row = team; row < work.num_rows; row += kTeams) {
@@ -195,16 +235,26 @@ class ClusterMerge {
             float4 sum[kOwnChunks] = {};
 #pragma unroll
             for (int mate = 0; mate < kMates; ++mate) {
-                const float own = weight(mate, row);
+                const RowNote of_row = note(mate, row);
+                const float weight = kSendsHalves ? of_row.weight * of_row.scale : of_row.weight;
 #pragma unroll
                 for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
                     add(sum[chunk],
-                        own,
-                        mk::ptx::load_smem_float4(from + mate * of_mate + chunk * kChunkBytes));
+                        weight,
+                        four_columns(from + mate * of_mate + chunk * kChunkBytes, Sent{}));
                 }
             }
             store(row, first_col(work.mate) + col, sum);
         }
+    }
+    __device__ static float4 four_columns(uint32_t from, float) {
+        return mk::ptx::load_smem_float4(from);
+    }
+    __device__ static float4 four_columns(uint32_t from, kittens::half) {
+        const uint2 pairs = mk::ptx::load_smem_uint2(from);
+        const float2 first = __half22float2(*reinterpret_cast<const __half2*>(&pairs.x));
+        const float2 second = __half22float2(*reinterpret_cast<const __half2*>(&pairs.y));
+        return {first.x, first.y, second.x, second.y};
     }
     __device__ static void add(float4& sum, float weight, const float4& x) {
         sum.x += weight * x.x;

@@ -191,8 +191,12 @@ struct NarrowConsumer {
         const PartialWork work(g, state.words());
         const ClusterMerge<Config> mates(g, state, work);
         mates.wait_open();
-        const int row = mk::ptx::thread_in_cta();
-        if (row < work.num_rows) mates.send_lse(row, scratch(state).lse_log2[row]);
+        static_assert(kNarrowRows * mk::kMaxClusterCtas == kConsumerThreads);
+        const int row = mk::ptx::thread_in_cta() % kNarrowRows;
+        const int mate = mk::ptx::thread_in_cta() / kNarrowRows;
+        if (row < work.num_rows && mate < work.num_mates) {
+            mates.send_lse(row, mate, scratch(state).lse_log2[row]);
+        }
         store<float>(state, o, work.num_rows, [&](int col) { return mates.sender(col); });
         mates.merge();
     }

@@ -233,7 +233,8 @@ class WideConsumer {
             merge_with_mates(work);
         } else {
             store_output(work);
-            store_lse([&](int row, float lse_log2) { work.store_lse(g, row, lse_log2); }, work);
+            const bool stores = mk::ptx::thread_in_cta() % 4 == 0 && lse_row() < work.num_rows;
+            if (stores) work.store_lse(g, lse_row(), lse_log2());
         }
         mk::ptx::fence_proxy_async_smem();
         // Nobody begins the next instruction's scratch before all have read this one's.
@@ -278,35 +279,69 @@ class WideConsumer {
         }
     }
 
+    // The threads of a quad hold the same rows. Each sends to other mates what they have in common.
     __device__ void merge_with_mates(const PartialWork& work) const {
-        const ClusterMerge<Config> mates(g, state, work);
+        using Mates = ClusterMerge<Config>;
+        const Mates mates(g, state, work);
         if (mk::ptx::thread_in_cta() < mk::kWarpThreads) mates.open_inbox();
+        RowScale scale = inverse_sum(work);
+        const float bound[2] = {scale.factor[0] * sum_of_magnitudes(0),
+                                scale.factor[1] * sum_of_magnitudes(1)};
+        const int quad_lane = mk::ptx::thread_in_cta() % 4;
         mates.wait_open();
-        store_lse([&](int row, float lse_log2) { mates.send_lse(row, lse_log2); }, work);
-        store_rows_as<float>(work, [&](int col) { return mates.sender(col); });
+        if (lse_row() < work.num_rows) {
+            for (int mate = quad_lane; mate < work.num_mates; mate += 4) {
+                mates.send_lse(lse_row(), mate, lse_log2());
+            }
+        }
+        static_assert(mk::kMaxClusterCtas / 2 <= 4);
+        for (int i = 0; i < 2; ++i) {
+            const HalfRange range(bound[i]);
+            scale.factor[i] *= range.scale;
+            const int own = row + 8 * i;
+            if (own < work.num_rows && quad_lane < mates.half_mates()) {
+                mates.send_scale(own, group * mates.half_mates() + quad_lane, range.inverse);
+            }
+        }
+        store_rows_as<typename Mates::Sent>(
+            work, scale, [&](int col) { return mates.sender(col); });
         mates.merge();
+    }
+    // Of this half of a row of the output: no less than the largest of them.
+    __device__ float sum_of_magnitudes(int i) const {
+        float sum = 0.f;
+#pragma unroll
+        for (int tile = 0; tile < Accumulator::width; ++tile) {
+#pragma unroll
+            for (int part = i; part < 4; part += 2) {
+                const float2 pair = o.tiles[0][tile].data[part];
+                sum += fabsf(pair.x) + fabsf(pair.y);
+            }
+        }
+        return quad_sum(sum);
     }
 
     __device__ void store_output(const PartialWork& work) const {
         if (writes_scratch(work.dst_batch)) {
             const int slot = scratch_slot(work.dst_batch);
             float* dst = g.o_scratch + g.scratch_row(slot, 0) * kLatentDim;
-            store_rows_as<float>(work, [&](int col) { return row_writer(dst + col); });
+            store_rows_as<float>(
+                work, inverse_sum(work), [&](int col) { return row_writer(dst + col); });
         } else {
             Element* dst = reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            store_rows_as<Element>(work, [&](int col) { return row_writer(dst + col); });
+            store_rows_as<Element>(
+                work, inverse_sum(work), [&](int col) { return row_writer(dst + col); });
         }
     }
     // way(column)(row, 16 bytes of T)
     template <class T, class Way>
-    __device__ void store_rows_as(const PartialWork& work, Way way) const {
+    __device__ void store_rows_as(const PartialWork& work, const RowScale& scale, Way way) const {
         // Warps without a row of the group have nothing to store.
         if (row / 16 * 16 >= work.num_rows) return;
         const int first_col = group * kHalfLatent;
-        store_rows<T>(o, inverse_sum(work), page(group), work.num_rows, [&](int col) {
-            return way(first_col + col);
-        });
+        store_rows<T>(
+            o, scale, page(group), work.num_rows, [&](int col) { return way(first_col + col); });
     }
 
     __device__ RowScale inverse_sum(const PartialWork& work) const {
@@ -319,13 +354,9 @@ class WideConsumer {
         return rows.inverse_sum(sink_log2);
     }
 
-    // Each warpgroup looks after one of a thread's two rows.
-    template <class Put>
-    __device__ void store_lse(Put put, const PartialWork& work) const {
-        const int own = row + 8 * group;
-        if (mk::ptx::thread_in_cta() % 4 != 0 || own >= work.num_rows) return;
-        put(own, group == 0 ? rows.lse_log2(0) : rows.lse_log2(1));
-    }
+    // Each warpgroup looks after the LSE of one of a thread's two rows.
+    __device__ int lse_row() const { return row + 8 * group; }
+    __device__ float lse_log2() const { return group == 0 ? rows.lse_log2(0) : rows.lse_log2(1); }
 };
 
 }  // namespace mla

@@ -206,6 +206,15 @@ __device__ __forceinline__ void arrive_when_copied(uint32_t mbar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(mbar) : "memory");
 }
 
+__device__ __forceinline__ uint2 load_smem_uint2(uint32_t address) {
+    uint2 value;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(value.x), "=r"(value.y)
+                 : "r"(address)
+                 : "memory");
+    return value;
+}
+
 __device__ __forceinline__ float4 load_smem_float4(uint32_t address) {
     float4 value;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"

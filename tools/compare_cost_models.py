@@ -1,0 +1,150 @@
+"""Compare constants of the cost model by the times of the plans that they lead to, on a GPU.
+
+    python tools/compare_cost_models.py wide mates_fixed_us=0.2 mates_fixed_us=0.2,mates_kib_us=0.02
+
+A fit to times of whole runs does not tell terms apart that come together; what a model is for is
+choosing plans. Random batches of wide or of narrow kernels are planned under the present model and
+under each variant of it; the plans that differ are timed side by side, replay by replay. Constants
+chosen by some seeds want to be confirmed by others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
+
+import mla_decode  # noqa: E402
+from mla_decode import cost  # noqa: E402
+
+from benchmarks.case import Case, make_case  # noqa: E402
+from benchmarks.implementations import Prepared, decode_calls  # noqa: E402
+from benchmarks.measure import Capture, replay_us  # noqa: E402
+from benchmarks.shapes import Shape, random_shapes  # noqa: E402
+
+PRESENT = "present"
+KV_TILE = 64
+MIN_TILES, MAX_TILES = 4, 6000  # of a batch: below there is nothing to cut, above little to gain
+COPIES = 3  # of the cache, so that no call finds its keys in L2
+WARMUP_REPLAYS = 2
+
+
+@dataclass
+class Gain:
+    """Of one variant: times under the present model over times under it, batch by batch."""
+
+    ratios: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        if not self.ratios:
+            return "no plan differs"
+        mean = math.exp(statistics.fmean(map(math.log, self.ratios)))
+        low, high = min(self.ratios), max(self.ratios)
+        return f"{len(self.ratios)} plans differ: {mean:.4f}, worst {low:.3f}, best {high:.3f}"
+
+
+def variant(model: cost.CostModel, changes: str) -> cost.CostModel:
+    """Return the model with ``name=us,...`` changed; raises ValueError for what is no constant."""
+    constants = model.as_dict()
+    for change in changes.split(","):
+        name, _, value = change.partition("=")
+        if name not in constants:
+            raise ValueError(f"{changes}: expected constants of {sorted(constants)}, got {name!r}")
+        constants[name] = float(value)
+    return cost.CostModel.from_dict(constants)
+
+
+def batches(kind: str, count: int, seed: int) -> list[Shape]:
+    """Return those of ``count`` random batches that a kernel of this kind runs."""
+    return [
+        shape
+        for shape in random_shapes(count, seed)
+        if (shape.num_heads * max(shape.tokens) <= cost.NARROW_ROWS) == (kind == "narrow")
+        and MIN_TILES <= sum(-(-length // KV_TILE) for length in shape.seq_lens) <= MAX_TILES
+    ]
+
+
+def plans_of(shape: Shape, models: dict[str, cost.CostModel]) -> dict[str, mla_decode.Plan]:
+    """Return the plan under each model; the same object where plans are the same."""
+    seen: dict[bytes, mla_decode.Plan] = {}
+    plans = {}
+    for name, model in models.items():
+        plan = mla_decode.plan(
+            list(shape.seq_lens), shape.num_heads, shape.new_tokens, cost_model=model
+        )
+        plans[name] = seen.setdefault(plan.instructions.tobytes(), plan)
+    return plans
+
+
+def prepare(case: Case, plan: mla_decode.Plan) -> Prepared:
+    calls = decode_calls(mla_decode, case, plan, plan.workspace(case.seq_lens.device))
+    return Prepared(calls, synchronize=mla_decode.synchronize)
+
+
+def measure(
+    shape: Shape, plans: dict[str, mla_decode.Plan], replays: int
+) -> dict[str, list[float]]:
+    """Return microseconds of each replay, by the name of the plan."""
+    case = make_case(shape, torch.device("cuda"), copies=COPIES)
+    order = list(range(COPIES)) * 3
+    captures = {id(plan): Capture(case, prepare(case, plan), order) for plan in plans.values()}
+    times: dict[int, list[float]] = {key: [] for key in captures}
+    for _ in range(WARMUP_REPLAYS + replays):
+        for key, capture in captures.items():
+            times[key].append(replay_us(capture.graph) / len(order))
+    torch.cuda.empty_cache()  # each graph keeps memory of its own
+    return {name: times[id(plan)][WARMUP_REPLAYS:] for name, plan in plans.items()}
+
+
+def compare(
+    shapes: list[Shape], models: dict[str, cost.CostModel], replays: int
+) -> dict[str, Gain]:
+    """Time the plans of each batch that differ; print a line for each and return the gains."""
+    gains = {name: Gain() for name in models if name != PRESENT}
+    for shape in shapes:
+        plans = plans_of(shape, models)
+        if len({id(plan) for plan in plans.values()}) == 1:
+            continue
+        times = measure(shape, plans, replays)
+        line: dict[str, float] = {}
+        for name, gain in gains.items():
+            if plans[name] is plans[PRESENT]:
+                continue
+            pairs = zip(times[PRESENT], times[name], strict=True)
+            line[name] = statistics.median(before / after for before, after in pairs)
+            gain.ratios.append(line[name])
+        shown = "; ".join(f"{name} {ratio:.3f}" for name, ratio in line.items())
+        print(f"{shape.name}: {statistics.median(times[PRESENT]):.1f} us; {shown}", flush=True)
+    return gains
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=["wide", "narrow"])
+    parser.add_argument("variants", nargs="+", metavar="NAME=US[,NAME=US...]")
+    parser.add_argument("--batches", type=int, default=48, help="drawn, of both kinds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--replays", type=int, default=11)
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("compare_cost_models: no CUDA GPU", file=sys.stderr)
+        return 2
+    rows = cost.NARROW_ROWS if arguments.kind == "narrow" else cost.NARROW_ROWS + 1
+    present = cost.load(torch.cuda.get_device_name(), rows)
+    models = {PRESENT: present} | {text: variant(present, text) for text in arguments.variants}
+    shapes = batches(arguments.kind, arguments.batches, arguments.seed)
+    for name, gain in compare(shapes, models, arguments.replays).items():
+        print(f"{name}: {gain}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
