@@ -28,9 +28,11 @@ struct CostModel {
     double partial_store_kib_us = 0.006;
 
     // What mates, workers of a cluster that share a partial, take longer than one worker whose
-    // result needs no merging; and one KiB of columns that one sends to the others.
+    // result needs no merging; and one KiB of columns, as floats, that one sends to the others.
     double mates_fixed_us = 1.0;
     double mates_kib_us = 0.03;
+    // What they take longer than that when it is merged further: until all of it is visible.
+    double mates_flag_us = 1.0;
 
     // What a partial takes longer that adopts another's result; and one KiB of that (2 KiB a row).
     double adopt_fixed_us = 1.3;
@@ -84,6 +86,7 @@ inline constexpr CostField kCostFields[] = {
     {"partial_store_kib_us", &CostModel::partial_store_kib_us},
     {"mates_fixed_us", &CostModel::mates_fixed_us},
     {"mates_kib_us", &CostModel::mates_kib_us},
+    {"mates_flag_us", &CostModel::mates_flag_us},
     {"adopt_fixed_us", &CostModel::adopt_fixed_us},
     {"adopt_kib_us", &CostModel::adopt_kib_us},
     {"partial_tile_us", &CostModel::partial_tile_us},

@@ -35,9 +35,10 @@ inline double partial_store_us(const Task& partial, const CostModel& cost) {
     }
     if (partial.num_mates == 1) return store_us;
     const double share = 1.0 / partial.num_mates;
-    // Every mate sends the others their columns, as floats.
+    // Every mate sends the others their columns.
     const double sent_kib = partial.num_rows * kLatentDim * 4.0 * (1.0 - share) / kBytesPerKib;
-    return cost.mates_fixed_us + cost.mates_kib_us * sent_kib + store_us * share;
+    const double flag_us = partial.to_output ? 0.0 : cost.mates_flag_us;
+    return cost.mates_fixed_us + cost.mates_kib_us * sent_kib + flag_us + store_us * share;
 }
 
 // Once its inputs are visible. `follows`: its worker ran an instruction before, and the

@@ -57,6 +57,7 @@ class _CostFields(TypedDict, total=False):
     partial_store_kib_us: float
     mates_fixed_us: float
     mates_kib_us: float
+    mates_flag_us: float
     adopt_fixed_us: float
     adopt_kib_us: float
     partial_tile_us: float
@@ -81,7 +82,10 @@ class CostModel:
     partial_store_kib_us
         One KiB of a partial's result: 2 KiB per row in scratch, 1 KiB in the output.
     mates_fixed_us, mates_kib_us
-        What mates take to merge a partial that they share; and one KiB of what one sends.
+        What mates take to merge a partial that they share; and one KiB of what one sends, counted
+        as floats.
+    mates_flag_us
+        What they take longer than that where their result is merged further.
     adopt_fixed_us, adopt_kib_us
         What a partial takes to adopt another's result; and one KiB of that, 2 KiB per row.
     partial_tile_us
@@ -105,6 +109,7 @@ class CostModel:
     partial_store_kib_us: float
     mates_fixed_us: float
     mates_kib_us: float
+    mates_flag_us: float
     adopt_fixed_us: float
     adopt_kib_us: float
     partial_tile_us: float
