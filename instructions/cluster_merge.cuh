@@ -33,7 +33,7 @@ struct HalfRange {
 
     __device__ explicit HalfRange(float bound) {
         constexpr uint32_t kSignificandBits = 23;
-        constexpr uint32_t kLeast = 64;  // smaller ones need no more than 2^77
+        constexpr uint32_t kLeast = 24;  // smaller ones are scaled by 2^117
         const uint32_t exponent = max(__float_as_uint(bound) >> kSignificandBits, kLeast);
         scale = __uint_as_float(268 - exponent << kSignificandBits);  // bound < 2^(exponent - 126)
         inverse = __uint_as_float(exponent - 14 << kSignificandBits);

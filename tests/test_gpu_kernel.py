@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -21,11 +22,11 @@ from mla_decode.errors import (
 )
 from mla_decode.measure import timing_records
 from mla_decode.reference import Case, attention, compare, make_case
-from mla_decode.words import INSTRUCTION_WORDS, KV_TILE, Noop, Partial, Reduction
+from mla_decode.words import INSTRUCTION_WORDS, KV_TILE, LATENT_DIM, Noop, Partial, Reduction
 
 from benchmarks.measure import measure as benchmark
 from benchmarks.shapes import Shape
-from tests.support import Launch, pack, same_bits
+from tests.support import Launch, pack, run_queue, same_bits
 from tests.test_adoption import WHOLE_CHAIN, chained
 from tests.test_mates import shared
 
@@ -206,6 +207,40 @@ def test_plans_with_clusters_replay_bit_identically(num_heads: int) -> None:
     plan = mla_decode.plan(case.seq_lens, num_heads)
     assert plan.cluster_ctas > 1
     require_the_same_bits(case, plan, launches=2000)
+
+
+@pytest.mark.parametrize("count", (2, 8))
+@pytest.mark.parametrize("gangs", (1, 2))
+@pytest.mark.parametrize("exponents", [(-100, 90), (60, -40), (0, -90)])
+@pytest.mark.parametrize("num_heads", (16, 64, 128))
+def test_what_mates_send_may_have_any_size(
+    num_heads: int, exponents: tuple[int, int], gangs: int, count: int
+) -> None:
+    """Halves of the columns, each of a size of its own, are as precise as always."""
+    case = make_case([2 * count * KV_TILE * gangs + 70], num_heads, device="cuda")
+    case.q[..., :LATENT_DIM] = 0  # scores come from the rope columns alone
+    halves = case.latent.unflatten(-1, (2, -1)).unbind(-2)
+    for half, exponent in zip(halves, exponents, strict=True):
+        half.mul_(2.0**exponent)
+    queue, num_slots = shared(case, count, gangs)
+    out, _ = run_queue(case, queue, num_slots).result()
+    expected, _ = attention(case)
+    for columns in (slice(0, LATENT_DIM // 2), slice(LATENT_DIM // 2, LATENT_DIM)):
+        own, wanted = out[..., columns].double(), expected[..., columns].double()
+        assert (own - wanted).norm() <= 3e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("num_heads", (16, 64))
+def test_a_row_without_a_number_harms_no_other_when_mates_merge(num_heads: int) -> None:
+    case = make_case([1100], num_heads, device="cuda")
+    expected, _ = attention(case)
+    case.q[0, 0, 5] = math.nan
+    queue, num_slots = shared(case, 8)
+    out, _ = run_queue(case, queue, num_slots).result()
+    assert bool(out[0, 0, 5].isnan().all())
+    others = [head for head in range(num_heads) if head != 5]
+    error = (out - expected)[0, 0, others].double().norm()
+    assert error <= 3e-3 * expected[0, 0, others].double().norm()
 
 
 def test_mates_need_their_cluster() -> None:
