@@ -48,40 +48,33 @@ class Controller {
         const bool is_first_lane = threadIdx.x % kWarpThreads == 0;
         ptx::wait_for_earlier_kernels();
         if (is_first_lane) begin_epoch(args);
+        GivenUp given_up;
         while (state.opcode() != kOpcodeEndOfQueue) {
-            if (!is_known(state.opcode())) {
-                if (is_first_lane) refuse(state);
+            if (!is_known(state.opcode())) {  // the other roles end there too
+                given_up = {
+                    Watchdog<Config>::kHere, WaitKind::kBadOpcode, state.slot(), 0, state.opcode()};
                 break;
             }
-            wait_prefetch_gate(state);
+            if (!wait_prefetch_gate(state, given_up)) break;
             int ticket = 0;
             if (is_first_lane) ticket = draw_ticket(args.queue);
             ticket = __shfl_sync(~0u, ticket, 0);
             const int32_t word = fetch_word(args, ticket);
             state.advance();
-            if (!retire_slot(state)) break;
+            if (!retire_slot(state, given_up)) break;
             decode(globals, state, ticket, word);
         }
         if (is_first_lane) leave_queue(args.queue, launch_epoch<Config>());
-        watch_the_rest(state);
+        if (given_up.cause == Watchdog<Config>::kNone) watch_the_rest(state, given_up);
+        if (given_up.cause != Watchdog<Config>::kNone) state.watchdog().blame(given_up);
     }
 
   private:
+    using GivenUp = typename Watchdog<Config>::GivenUp;
+
     __device__ static bool is_known(int32_t opcode) {
         return Ops::visit(opcode, []<class Op>(std::type_identity<Op>) {});
     }
-    // The other roles end there too.
-    __device__ static void refuse(const State<Config>& state) {
-        const int slot = state.slot();
-        state.watchdog().raise(Role::kController,
-                               slot,
-                               WaitKind::kBadOpcode,
-                               slot,
-                               0,
-                               state.opcode(),
-                               Watchdog<Config>::kHere);
-    }
-
     // Every launch has an epoch of its own, later than the last one's by 1 + tic.
     __device__ static void begin_epoch(const MegakernelArgs& args) {
         ControlBlock<Config>& control = control_block<Config>();
@@ -90,29 +83,31 @@ class Controller {
     }
 
     // An instruction, counted as this CTA runs them, is done.
-    __device__ static bool wait_retired(const State<Config>& state, int index) {
+    __device__ static bool wait_retired(const State<Config>& state, int index, GivenUp& given_up) {
         const int slot = index % Config::kInstructionRing;
         return state.wait_watching(ptx::smem_address(&state.control().retired[slot]),
                                    (index / Config::kInstructionRing) & 1,
                                    WaitKind::kRetired,
-                                   slot);
+                                   slot,
+                                   given_up);
     }
 
     // The clock is watched until the last instruction is done.
-    __device__ static void watch_the_rest(const State<Config>& state) {
+    __device__ static void watch_the_rest(const State<Config>& state, GivenUp& given_up) {
         const int end = state.index();
         for (int i = max(0, end - Config::kInstructionRing + 1); i < end; ++i) {
-            wait_retired(state, i);
+            if (!wait_retired(state, i, given_up)) return;
         }
     }
 
     // Waits until the instruction that had this slot is done, and takes its semaphores down. False:
     // the CTA has failed, and the slot stays as it is. A role may still be at work in it, and what
     // the failure was is read from it.
-    __device__ static bool retire_slot(State<Config>& state) {
+    __device__ static bool retire_slot(State<Config>& state, GivenUp& given_up) {
         const int lane = threadIdx.x % kWarpThreads;
         const bool is_used = state.index() >= Config::kInstructionRing;
-        const bool ok = !is_used || wait_retired(state, state.index() - Config::kInstructionRing);
+        const bool ok =
+            !is_used || wait_retired(state, state.index() - Config::kInstructionRing, given_up);
         if (!__all_sync(~0u, ok && !state.failed())) return false;
         if (is_used && lane < state.control().num_semaphores[state.slot()]) {
             ptx::mbar_invalidate(state.semaphore(lane));
@@ -121,13 +116,14 @@ class Controller {
         return true;
     }
 
-    __device__ static void wait_prefetch_gate(State<Config>& state) {
+    __device__ static bool wait_prefetch_gate(State<Config>& state, GivenUp& given_up) {
         const int slot = state.slot();
-        state.wait_watching(ptx::smem_address(&state.control().loads_issued[slot]),
-                            (state.index() / Config::kInstructionRing) & 1,
-                            WaitKind::kPrefetchGate,
-                            slot);
-        __syncwarp();
+        const bool ok = state.wait_watching(ptx::smem_address(&state.control().loads_issued[slot]),
+                                            (state.index() / Config::kInstructionRing) & 1,
+                                            WaitKind::kPrefetchGate,
+                                            slot,
+                                            given_up);
+        return __all_sync(~0u, ok);
     }
 
     template <class Globals>

@@ -106,10 +106,8 @@ class State {
             const int32_t seen = ptx::load_acquire_gpu(flag);
             if (seen == epoch) return true;
             if (start == 0) start = coarse_time();
-            if (watchdog_.expired(start, slot(), WaitKind::kDoneFlag, index, epoch, seen))
-                [[unlikely]] {
+            if (watchdog_.flag_expired(start, slot(), index, epoch, seen)) [[unlikely]]
                 return false;
-            }
         }
     }
 
@@ -129,8 +127,7 @@ class State {
             if (__all_sync(~0u, !waits)) return true;
             __nanosleep(kPauseNs);
             if (start == 0) start = coarse_time();
-            const bool expired =
-                waits && watchdog_.expired(start, slot(), WaitKind::kDoneFlag, own, epoch, seen);
+            const bool expired = waits && watchdog_.flag_expired(start, slot(), own, epoch, seen);
             if (__any_sync(~0u, expired)) [[unlikely]]
                 return false;
         }
@@ -175,14 +172,25 @@ class State {
         }
         return true;
     }
-    // The controller's, which watches the clock for all of them.
-    __device__ bool wait_watching(uint32_t mbar, uint32_t parity, WaitKind kind, int slot) const {
+    // The controller's, which watches the clock for all of them. False: in vain. Where nobody knows
+    // yet, `given_up` says for what; to blame somebody is left to the end, because that is code,
+    // and waits are in several places.
+    __device__ bool wait_watching(uint32_t mbar,
+                                  uint32_t parity,
+                                  WaitKind kind,
+                                  int slot,
+                                  typename Watchdog<Config>::GivenUp& given_up) const {
         uint32_t start = 0;
         while (!ptx::mbar_try_wait(mbar, parity)) {
-            if (start == 0) start = coarse_time();
-            const auto expected = static_cast<int>(parity);
-            if (watchdog_.expired(start, slot, kind, slot, expected, expected ^ 1)) [[unlikely]]
+            if (watchdog_.failed()) [[unlikely]]
                 return false;
+            if (start == 0) start = coarse_time();
+            const auto cause = watchdog_.overdue(start, watchdog_.controllers_limit_us());
+            if (cause == Watchdog<Config>::kNone) [[likely]]
+                continue;
+            const auto expected = static_cast<int>(parity);
+            given_up = {cause, kind, slot, expected, expected ^ 1};
+            return false;
         }
         return true;
     }

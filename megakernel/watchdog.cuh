@@ -40,29 +40,61 @@ class Watchdog {
         control().wait_of_role[static_cast<int>(role_)] = 0;
     }
 
-    // To be asked in every turn of a spin that began at `start`. True: give up. Waits that another
-    // CTA ends get the time limit, the controller's twice that, so that the record names the cause
-    // and not its echo.
-    __device__ __forceinline__ bool expired(
-        uint32_t start, int slot, WaitKind kind, int index, int expected, int seen) const {
-        if (failed()) [[unlikely]]
-            return true;
+    enum Cause { kNone, kHere, kElsewhere };
+
+    // Why a spin that began at `start` should end now, to be asked in every turn.
+    __device__ __forceinline__ Cause overdue(uint32_t start, uint32_t limit_us) const {
         const uint32_t elapsed = coarse_time() - start;
         if (elapsed < kQuietUnits) [[likely]]
-            return false;
-        const uint32_t limit =
-            kind == WaitKind::kDoneFlag ? args_.timeout_us : 2 * args_.timeout_us;
-        const bool other_failed =
-            ptx::load_relaxed_gpu(&args_.queue->failed_epoch) == launch_epoch<Config>();
-        if (!other_failed && elapsed < limit) return false;
-        const Cause cause = other_failed ? kElsewhere : kHere;
-        if (role_ != Role::kController || !blame_role(cause)) {
-            raise(role_, slot, kind, index, expected, seen, cause);
+            return kNone;
+        if (ptx::load_relaxed_gpu(&args_.queue->failed_epoch) == launch_epoch<Config>()) {
+            return kElsewhere;
         }
+        return elapsed < limit_us ? kNone : kHere;
+    }
+
+    // Of a wait for another CTA's flag, in every turn. True: give up.
+    __device__ __forceinline__ bool flag_expired(
+        uint32_t start, int slot, int index, int expected, int seen) const {
+        if (failed()) [[unlikely]]
+            return true;
+        const Cause cause = overdue(start, args_.timeout_us);
+        if (cause == kNone) [[likely]]
+            return false;
+        raise(role_, slot, WaitKind::kDoneFlag, index, expected, seen, cause);
         return true;
     }
 
-    enum Cause { kHere = 1, kElsewhere = 2 };
+    // What the controller gives up for. Its waits take twice as long as those for other CTAs, so
+    // that the record names the cause and not its echo.
+    struct GivenUp {
+        Cause cause = kNone;
+        WaitKind kind;
+        int slot, expected, seen;
+    };
+    __device__ uint32_t controllers_limit_us() const { return 2 * args_.timeout_us; }
+
+    // By the controller, which waits because a role does: the first one with a note, in the order
+    // in which roles wait for each other. The notes are read before anything is raised, because who
+    // sees a failure walks on and clears its own.
+    __device__ void blame(const GivenUp& why) const {
+        Role role = Role::kController;
+        GivenUp what = why;
+        int index = why.slot;
+        for (const Role other : {Role::kStorer, Role::kConsumer, Role::kLauncher, Role::kLoader}) {
+            const int32_t note = control().wait_of_role[static_cast<int>(other)];
+            if (note >> 24 == 0 || why.kind == WaitKind::kBadOpcode) continue;
+            const int expected = note >> 16 & 1;
+            what = {why.cause,
+                    static_cast<WaitKind>(note >> 24),
+                    note >> 20 & 0xf,
+                    expected,
+                    expected ^ 1};
+            role = other;
+            index = note & 0xffff;
+        }
+        raise(role, what.slot, what.kind, index, what.expected, what.seen, what.cause);
+    }
 
     // Does nothing where there has been a failure before.
     __device__ __forceinline__ void raise(
@@ -80,27 +112,6 @@ class Watchdog {
 
   private:
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
-
-    // The controller waits because a role does: the first one with a note, in the order in which
-    // roles wait for each other. False: none has. The notes are read before anything is raised,
-    // because who sees a failure walks on and clears its own.
-    __device__ bool blame_role(Cause cause) const {
-        for (const Role role : {Role::kLoader, Role::kLauncher, Role::kConsumer, Role::kStorer}) {
-            const int32_t note = control().wait_of_role[static_cast<int>(role)];
-            const int kind = note >> 24;
-            if (kind == 0) continue;
-            const int expected = note >> 16 & 1;
-            raise(role,
-                  note >> 20 & 0xf,
-                  static_cast<WaitKind>(kind),
-                  note & 0xffff,
-                  expected,
-                  expected ^ 1,
-                  cause);
-            return true;
-        }
-        return false;
-    }
 
     // Below this much waiting nobody looks at global memory.
     static constexpr uint32_t kQuietUnits = 1000;
