@@ -55,6 +55,12 @@ def mla_decode(case: Case) -> Prepared:
         list(shape.tokens) if shape.is_mixed else shape.new_tokens,
         batch_invariant=shape.batch_invariant,
     )
+    return mla_decode_by(plan, case)
+
+
+def mla_decode_by(plan: Any, case: Case) -> Prepared:
+    """Prepare the megakernel with a plan that was made before."""
+    package = import_or_explain("mla_decode", "mla_decode")
     calls = decode_calls(package, case, plan, plan.workspace(case.seq_lens.device))
     return Prepared(calls, synchronize=package.synchronize)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -133,11 +134,13 @@ def measure(
     seed: int = 0,
     layers: int = 0,
     floor: Floor = ASSUMED,
+    prepare: Mapping[str, Callable[[Case], Prepared]] | None = None,
 ) -> list[Row]:
     """Time ``impls`` on one shape; one row each, in that order.
 
     Microseconds are of one call, planned before; with ``layers`` of a decode step of so many calls,
-    planned on the GPU. The rows are told the ``floor`` of the GPU.
+    planned on the GPU. The rows are told the ``floor`` of the GPU. ``prepare`` makes each ready;
+    without it those of `benchmarks.implementations` do.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
@@ -151,7 +154,8 @@ def measure(
     order = list(range(case.copies)) * calls_per_copy(case.copies, shape.kv_bytes, l2_bytes)
     if layers:
         order = [i % case.copies for i in range(layers)]
-    prepare = STEPS if layers else IMPLEMENTATIONS
+    if prepare is None:
+        prepare = STEPS if layers else IMPLEMENTATIONS
     rows = {impl: Row(shape, impl, floor=floor) for impl in impls}
     captures: dict[str, Capture] = {}
     for impl in impls:

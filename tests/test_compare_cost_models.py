@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import mla_decode
 import pytest
+import torch
 from mla_decode import cost
 
+from benchmarks.case import Case, make_case, relative_error
+from benchmarks.implementations import Prepared
+from benchmarks.measure import MAX_REL_ERR, Row
 from benchmarks.shapes import Shape, random_shapes
 from tools import compare_cost_models
 from tools.compare_cost_models import PRESENT, Gain, batches, compare, plans_of, variant
@@ -50,28 +54,52 @@ def test_plans_that_are_the_same_are_one() -> None:
     assert len(plans["dear"].instructions) == 8, "nothing is cut where merging is dear"
 
 
+DEAR = "reduction_fixed_us=1000,mates_fixed_us=1000,adopt_fixed_us=1000"
+
+
+def models_of(shape: Shape) -> dict[str, cost.CostModel]:
+    model = cost.load(None, shape.num_heads)
+    return {PRESENT: model, "dear": variant(model, DEAR), "same": model}
+
+
+def fake_measure(us: dict[str, float], error: str = "") -> Callable[..., list[Row]]:
+    """As `benchmarks.measure.measure`, on the CPU: checks what is prepared, and makes times up."""
+
+    def measure(
+        shape: Shape,
+        impls: list[str],
+        *,
+        replays: int,
+        prepare: Mapping[str, Callable[[Case], Prepared]],
+    ) -> list[Row]:
+        assert list(prepare) == impls == list(us)
+        case = make_case(shape, torch.device("cpu"), copies=2)
+        for make in prepare.values():
+            prepared = make(case)
+            for i in range(case.copies):
+                assert relative_error(prepared.call(i), case.reference[i]) < MAX_REL_ERR
+        return [Row(shape, name, error=error, replays_us=[us[name]] * replays) for name in impls]
+
+    return measure
+
+
 def test_only_plans_that_differ_are_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    timed = []
-
-    def measure(
-        shape: object, plans: dict[str, mla_decode.Plan], replays: int
-    ) -> dict[str, list[float]]:
-        timed.append(plans)
-        first = plans[PRESENT]
-        return {name: [10.0 if plan is first else 11.0] * replays for name, plan in plans.items()}
-
-    monkeypatch.setattr(compare_cost_models, "measure", measure)
-    model = cost.load(None, 16)
-    dear = variant(model, "reduction_fixed_us=1000,mates_fixed_us=1000,adopt_fixed_us=1000")
+    monkeypatch.setattr(compare_cost_models, "measure", fake_measure({PRESENT: 10.0, "dear": 11.0}))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     shapes = [replace(SHAPE, seq_lens=(length,)) for length in (64, 8192)]
-    gains = compare(shapes, {PRESENT: model, "dear": dear, "same": model}, replays=3)
-    (plans,) = timed  # of the one that has more than a tile
-    assert plans["same"] is plans[PRESENT] is not plans["dear"]
-    assert gains["dear"].ratios == [10 / 11]
+    gains = compare(shapes, models_of(SHAPE), replays=3)
+    assert gains["dear"].ratios == [10 / 11], "one tile is planned in one way only"
     assert str(gains["same"]) == "no plan differs"
     assert capsys.readouterr().out == f"{SHAPE.name}: 10.0 us; dear 0.909\n"
+
+
+def test_a_wrong_output_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = fake_measure({PRESENT: 10.0, "dear": 11.0}, error="wrong output: relative error 1")
+    monkeypatch.setattr(compare_cost_models, "measure", wrong)
+    with pytest.raises(RuntimeError, match="one, present: wrong output"):
+        compare([SHAPE], models_of(SHAPE), replays=3)
 
 
 def test_a_gain_is_a_geometric_mean() -> None:

@@ -15,6 +15,7 @@ import math
 import statistics
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,17 +25,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import mla_decode  # noqa: E402
 from mla_decode import cost  # noqa: E402
+from mla_decode.words import KV_TILE  # noqa: E402
 
-from benchmarks.case import Case, make_case  # noqa: E402
-from benchmarks.implementations import Prepared, decode_calls  # noqa: E402
-from benchmarks.measure import Capture, replay_us  # noqa: E402
+from benchmarks.implementations import mla_decode_by  # noqa: E402
+from benchmarks.measure import measure  # noqa: E402
 from benchmarks.shapes import Shape, random_shapes  # noqa: E402
 
 PRESENT = "present"
-KV_TILE = 64
 MIN_TILES, MAX_TILES = 4, 6000  # of a batch: below there is nothing to cut, above little to gain
-COPIES = 3  # of the cache, so that no call finds its keys in L2
-WARMUP_REPLAYS = 2
 
 
 @dataclass
@@ -84,24 +82,24 @@ def plans_of(shape: Shape, models: dict[str, cost.CostModel]) -> dict[str, mla_d
     return plans
 
 
-def prepare(case: Case, plan: mla_decode.Plan) -> Prepared:
-    calls = decode_calls(mla_decode, case, plan, plan.workspace(case.seq_lens.device))
-    return Prepared(calls, synchronize=mla_decode.synchronize)
-
-
-def measure(
+def times_of(
     shape: Shape, plans: dict[str, mla_decode.Plan], replays: int
 ) -> dict[str, list[float]]:
-    """Return microseconds of each replay, by the name of the plan."""
-    case = make_case(shape, torch.device("cuda"), copies=COPIES)
-    order = list(range(COPIES)) * 3
-    captures = {id(plan): Capture(case, prepare(case, plan), order) for plan in plans.values()}
-    times: dict[int, list[float]] = {key: [] for key in captures}
-    for _ in range(WARMUP_REPLAYS + replays):
-        for key, capture in captures.items():
-            times[key].append(replay_us(capture.graph) / len(order))
+    """Return microseconds of each replay, by the name of the model; RuntimeError if one is wrong.
+
+    As the benchmark measures implementations: keys read from memory, replays that alternate,
+    outputs checked. Plans that are the same are timed once.
+    """
+    names = {id(plan): name for name, plan in reversed(plans.items())}
+    distinct = {names[id(plan)]: plan for plan in plans.values()}
+    prepare = {name: partial(mla_decode_by, plan) for name, plan in distinct.items()}
+    rows = measure(shape, list(distinct), replays=replays, prepare=prepare)
+    for row in rows:
+        if row.error:
+            raise RuntimeError(f"{shape.name}, {row.impl}: {row.error}")
     torch.cuda.empty_cache()  # each graph keeps memory of its own
-    return {name: times[id(plan)][WARMUP_REPLAYS:] for name, plan in plans.items()}
+    us = {row.impl: row.replays_us for row in rows}
+    return {name: us[names[id(plan)]] for name, plan in plans.items()}
 
 
 def compare(
@@ -113,7 +111,7 @@ def compare(
         plans = plans_of(shape, models)
         if len({id(plan) for plan in plans.values()}) == 1:
             continue
-        times = measure(shape, plans, replays)
+        times = times_of(shape, plans, replays)
         line: dict[str, float] = {}
         for name, gain in gains.items():
             if plans[name] is plans[PRESENT]:
