@@ -7,8 +7,8 @@
 // halves, scaled to fit: of each row those of either half by a power of two. In a narrow kernel,
 // where there are few of them, to find that scale would take longer than to send floats.
 //
-// For a CTA's first instruction only. All its pages are its own then, the ring lies in one piece,
-// and it is known which CTA has which part.
+// For a CTA's first instruction only. All its pages are its own then and lie in one piece, and it
+// is known which CTA has which part.
 #pragma once
 
 #include "instructions/partial_work.cuh"
@@ -29,14 +29,17 @@ enum ClusterBarrier {
 // The power of two that brings floats up to `bound` below 2^15, and its inverse. Halves reach 2^29
 // times farther down than that with all of their bits. Infinities and NaN stay what they are.
 struct HalfRange {
+    static constexpr int kSignificandBits = 23, kBias = 127;  // of a float
+    static constexpr int kMost = 15;                          // log2 of what stays finite
+    static constexpr uint32_t kLeast = 24;  // biased exponent: smaller ones are scaled by 2^117
+
     float scale, inverse;
 
     __device__ explicit HalfRange(float bound) {
-        constexpr uint32_t kSignificandBits = 23;
-        constexpr uint32_t kLeast = 24;  // smaller ones are scaled by 2^117
+        // bound < 2^(exponent + 1 - kBias)
         const uint32_t exponent = max(__float_as_uint(bound) >> kSignificandBits, kLeast);
-        scale = __uint_as_float(268 - exponent << kSignificandBits);  // bound < 2^(exponent - 126)
-        inverse = __uint_as_float(exponent - 14 << kSignificandBits);
+        scale = __uint_as_float(2 * kBias - 1 + kMost - exponent << kSignificandBits);
+        inverse = __uint_as_float(exponent + 1 - kMost << kSignificandBits);
     }
 };
 
@@ -71,7 +74,7 @@ class ClusterMerge {
     __device__ ClusterMerge(const MlaGlobals& g, const State& state, const PartialWork& work)
         : g(g), state(state), work(work) {}
 
-    // By one warp, when all consumers have read all that lies in the ring.
+    // By one warp, when all consumers have read what lies in the inbox.
     __device__ void open_inbox() const {
         const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
         const uint32_t open = state.cluster_barrier(kInboxesOpen);
@@ -152,18 +155,21 @@ class ClusterMerge {
     const State& state;
     const PartialWork& work;
 
+    // Halves have room where Q was, and that is read before the last keys are.
+    static constexpr int kInboxPage = kSendsHalves ? 0 : Pages::kQPages;
+    static constexpr int kInboxPages = kSendsHalves ? Pages::kQPages : Pages::kRing;
     static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(Sent);
     static constexpr uint32_t kRowBytes = kLatentDim * sizeof(Sent);
     static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(RowNote)) <=
-                      Pages::kRing * Config::kSmemPageBytes,
-                  "the ring is the inbox");
+                      kInboxPages * Config::kSmemPageBytes,
+                  "the inbox holds this CTA's share of all mates' columns");
 
     // Chunks of 64 columns that a mate has.
     __device__ int chunks_log2() const { return kChunksLog2 - (31 - __clz(work.num_mates)); }
     __device__ int first_col(int mate) const { return mate << chunks_log2() + kChunkColumnsLog2; }
 
     // In the inbox: of each mate, all rows with the columns that are this CTA's; then the notes.
-    __device__ uint32_t inbox() const { return mk::ptx::smem_address(state.page(Pages::kQPages)); }
+    __device__ uint32_t inbox() const { return mk::ptx::smem_address(state.page(kInboxPage)); }
     __device__ uint32_t row_bytes(uint32_t bytes) const { return work.num_rows * bytes; }
     __device__ uint32_t note_offset(int mate, int row) const {
         return row_bytes(kRowBytes) +
@@ -217,7 +223,7 @@ class ClusterMerge {
         return x;
     }
     __device__ RowNote& note(int mate, int row) const {
-        return *reinterpret_cast<RowNote*>(state.page(Pages::kQPages) + note_offset(mate, row));
+        return *reinterpret_cast<RowNote*>(state.page(kInboxPage) + note_offset(mate, row));
     }
 
     // The number of mates is known to the compiler: this is executed for every row, and waits for

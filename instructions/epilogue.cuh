@@ -27,52 +27,87 @@ __device__ __forceinline__ void clear_rows(uint32_t page, int first) {
 // at a time, so that they leave as whole cache lines. The pad keeps the eight rows that a warp puts
 // down at once in different banks.
 template <class T>
-struct Staging {
+class Staging {
     static constexpr int kRowBytes = mk::kWarpThreads * sizeof(uint4);
     static constexpr int kPitch = kRowBytes + 8 * sizeof(T);
-    static constexpr int kCols = kRowBytes / sizeof(T);
     static constexpr int kWarpRows = 16;
     static constexpr int kWarpBytes = kWarpRows * kPitch;
     static_assert(4 * kWarpBytes <= kHalfTileBytes, "a warpgroup stages in one page");
-};
 
-// Gives away o * scale in the rows below num_rows, by way of `page`, 16 bytes at a time:
-// way(column in this half)(row, 16 bytes of T).
-template <class T, class Way>
-__device__ __forceinline__ void store_rows(
-    const Accumulator& o, const RowScale& scale, uint32_t page, int num_rows, Way way) {
-    using S = Staging<T>;
-    const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
-    const int warp = thread / mk::kWarpThreads, lane = thread % mk::kWarpThreads;
-    const int rows = min(S::kWarpRows, num_rows - warp * S::kWarpRows);
-    const uint32_t staged = page + warp * S::kWarpBytes;
-    const uint32_t own = staged + lane / 4 * S::kPitch + lane % 4 * 2 * sizeof(T);
-    const int first_row = warp * S::kWarpRows, first_col = lane * (S::kCols / mk::kWarpThreads);
+  public:
+    static constexpr int kCols = kRowBytes / sizeof(T);
+
+    __device__ explicit Staging(uint32_t page) : own_(page + warp() * kWarpBytes) {}
+
+    // Puts down o * scale, kCols columns from `first` on.
+    __device__ void put(const Accumulator& o, const RowScale& scale, int first) const {
 #pragma unroll
-    for (int first = 0; first < kHalfLatent; first += S::kCols) {
+        for (int i = 0; i < kCols / 16; ++i) {
+            float2 tile[4];  // columns 0 and 8, of the upper row and the lower one
 #pragma unroll
-        for (int i = 0; i < S::kCols / 4; ++i) {  // groups of eight columns, upper and lower row
-            float2 pair = o.tiles[0][(first / 4 + i) / 4].data[i % 4];
-            pair.x *= scale.factor[i % 2];
-            pair.y *= scale.factor[i % 2];
-            const uint32_t to = own + i / 2 * 8 * sizeof(T) + i % 2 * 8 * S::kPitch;
-            if constexpr (std::is_same_v<T, float>) {
-                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(pair.x), "f"(pair.y)
-                             : "memory");
-            } else {
-                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(round_pair(pair, T{}))
-                             : "memory");
+            for (int part = 0; part < 4; ++part) {
+                tile[part] = o.tiles[0][first / 16 + i].data[part];
+                tile[part].x *= scale.factor[part % 2];
+                tile[part].y *= scale.factor[part % 2];
             }
-        }
-        __syncwarp();
-        const auto put = way(first_col + first);
-#pragma unroll 4
-        for (int row = 0; row < rows; ++row) {
-            put(first_row + row,
-                mk::ptx::load_smem_float4(staged + row * S::kPitch + lane * sizeof(float4)));
+            put(i * 16 * sizeof(T), tile);
         }
         __syncwarp();
     }
-}
+
+    // Gives away what lies here, of rows below num_rows: use(row, 16 bytes of T), from column_of(0)
+    // on.
+    template <class Use>
+    __device__ void give(int num_rows, Use use) const {
+        constexpr int kTogether = 4;
+        const int first = warp() * kWarpRows, rows = min(kWarpRows, num_rows - first);
+        const uint32_t from = own_ + lane() * static_cast<uint32_t>(sizeof(float4));
+#pragma unroll 1
+        for (int begin = 0; begin < rows; begin += kTogether) {
+            float4 v[kTogether];
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                v[i] = mk::ptx::load_smem_float4(from + (begin + i) * kPitch);
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                if (begin + i < rows) use(first + begin + i, v[i]);
+            }
+        }
+        __syncwarp();
+    }
+    // The first of the columns that this thread gives away.
+    __device__ static int first_col() { return lane() * (kCols / mk::kWarpThreads); }
+
+  private:
+    const uint32_t own_;  // of the warp
+
+    __device__ static int warp() {
+        return mk::ptx::thread_in_cta() % kWarpgroupThreads / mk::kWarpThreads;
+    }
+    __device__ static int lane() { return mk::ptx::thread_in_cta() % mk::kWarpThreads; }
+
+    __device__ void put(uint32_t offset, const float2 (&tile)[4]) const {
+        if constexpr (std::is_same_v<T, float>) {
+            const uint32_t to = own_ + offset + lane() / 4 * kPitch +
+                                lane() % 4 * static_cast<uint32_t>(sizeof(float2));
+#pragma unroll
+            for (int part = 0; part < 4; ++part) {
+                asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(
+                                 to + part % 2 * 8 * kPitch +
+                                 part / 2 * 8 * static_cast<uint32_t>(sizeof(float))),
+                             "f"(tile[part].x),
+                             "f"(tile[part].y)
+                             : "memory");
+            }
+        } else {
+            uint32_t rounded[4];
+#pragma unroll
+            for (int part = 0; part < 4; ++part) rounded[part] = round_pair(tile[part], T{});
+            mk::ptx::store_matrices(own_ + offset + lane() % 16 * kPitch + lane() / 16 * 16,
+                                    rounded);
+        }
+    }
+};
 
 }  // namespace mla

@@ -12,8 +12,10 @@
 
 namespace mla {
 
+// The last one's code comes first in the kernel, so that nothing is in the way of partials, which
+// every launch runs.
 template <class Config>
-using MlaOps = mk::OpcodeList<MlaPartial<Config>, MlaReduction<Config>, MlaFill<Config>, mk::Noop>;
+using MlaOps = mk::OpcodeList<MlaReduction<Config>, MlaFill<Config>, mk::Noop, MlaPartial<Config>>;
 
 // Sizes, strides (in elements) and choices that calls of one kind share. See MlaGlobals.
 struct DecodeLayout {

@@ -168,10 +168,10 @@ struct NarrowConsumer {
         finish_rows(g, state, work);
         merge(state, o, work.num_rows);
         if (work.adopts()) add_adopted(g, state, o, work);
-        if (work.is_shared()) {
-            merge_with_mates(g, state, o);
-        } else {
+        if (mk::ptx::as_written(!work.is_shared())) {
             store_output(g, state, o, work);
+        } else {
+            merge_with_mates(g, state, o);
         }
 
         mk::ptx::fence_proxy_async_smem();
@@ -402,7 +402,7 @@ struct NarrowConsumer {
             const auto put =
                 way(group() * kHalfLatent + vector * (16 / static_cast<int>(sizeof(T))));
             constexpr int kInFlight = 4;
-#pragma unroll
+#pragma unroll 1
             for (int begin = 0; begin < kRowsAtOnce / kTogether; begin += kInFlight) {
                 float4 v[kInFlight];
 #pragma unroll

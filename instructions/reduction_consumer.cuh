@@ -267,11 +267,14 @@ class ReductionConsumer {
             const int count = min(kPagePairs, num_pairs - first);
             const uint32_t from =
                 address(step, first) + lane * static_cast<uint32_t>(sizeof(float4));
-#pragma unroll 4
-            for (int i = 0; i < count; ++i) {
-                use(first + i,
-                    mk::ptx::load_smem_float4(from + i * kPairStep),
-                    __shfl_sync(~0u, weight, first + i, kTeamThreads));
+#pragma unroll 1
+            for (int begin = 0; begin < count; begin += 4) {
+#pragma unroll
+                for (int i = begin; i < begin + 4; ++i) {
+                    const float4 columns = mk::ptx::load_smem_float4(from + i * kPairStep);
+                    const float own = __shfl_sync(~0u, weight, first + i, kTeamThreads);
+                    if (i < count) use(first + i, columns, own);
+                }
             }
         }
     }

@@ -28,6 +28,7 @@ class WideConsumer {
     using State = mk::State<Config>;
     using Element = typename Config::Element;
     using Pages = PartialPages<Config>;
+    using Mates = ClusterMerge<Config>;
 
   public:
     __device__ static void run(const MlaGlobals& g, State& state) {
@@ -88,19 +89,24 @@ class WideConsumer {
 
     __device__ void attend() {
         const HalfQ<Rope> q_own(page(group)), q_other(page(1 - group));
-        int tile = group;
-        for (; tile < num_tiles; tile += kGroups) {
+        for (int tile = group; tile <= num_tiles; tile += kGroups) {
             Scores s;
             const int own_half = Pages::half_tile(tile, group), other_half = own_half ^ 1;
+            const bool is_end = tile == num_tiles;  // nothing is left but the other's last tile
             bool holds_others = tile > 0;
             uint32_t others = 0;
-            if (tile > 0 && g.kv_policy == mk::ptx::kEvictFirst && comes_late(own_half)) {
+            if (holds_others && (is_end || comes_late(own_half))) {
                 others = emptied(tile - 1);
                 add_others(tile - 1);
+                if (is_end) {
+                    open_inbox();
+                    publish_sums();
+                }
                 kittens::warpgroup::mma_async_wait();
                 let_go(others);
                 holds_others = false;
             }
+            if (is_end) return;
             Pages::wait_half(g, state, own_half);
             multiply_scores<Element, true>(s, q_own, HalfK(own_page));
             kittens::warpgroup::mma_commit_group();
@@ -124,18 +130,22 @@ class WideConsumer {
             kittens::warpgroup::mma_async_wait();
             add_own(s, tile);
         }
-        if (tile > num_tiles) return;
-        const uint32_t others = emptied(num_tiles - 1);
-        add_others(num_tiles - 1);
-        publish_sums();
-        kittens::warpgroup::mma_async_wait();
-        let_go(others);
     }
 
-    // All of the warpgroup have to know.
+    // For mates' results, where Q is: nobody reads it any more when there is P of all tiles.
+    __device__ void open_inbox() const {
+        const PartialWork work(g, state.words());
+        if (work.is_shared() && mk::ptx::thread_in_cta() % kWarpgroupThreads < mk::kWarpThreads) {
+            Mates(g, state, work).open_inbox();
+        }
+    }
+
+    // Keys that nobody else reads come from memory, which may be slow. All of the warpgroup have to
+    // know.
     __device__ bool comes_late(int half_tile) const {
-        return mk::ptx::named_barrier_any(
-            warpgroup_barrier(group), kWarpgroupThreads, !Pages::is_there(state, half_tile));
+        return g.kv_policy == mk::ptx::kEvictFirst &&
+               mk::ptx::named_barrier_any(
+                   warpgroup_barrier(group), kWarpgroupThreads, !Pages::is_there(state, half_tile));
     }
 
     // The other one has written P after it had all of the tile.
@@ -228,13 +238,13 @@ class WideConsumer {
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         for (int i = 0; i < 2; ++i) rows.sum[i] += shared.sum[1 - group][row + 8 * i];
         if (work.adopts()) adopt(work);
-        // Nobody reads Q any more: its pages are for the output now.
-        if (work.is_shared()) {
-            merge_with_mates(work);
-        } else {
-            store_output(work);
+        const RowScale inverse = inverse_sum(work);
+        if (mk::ptx::as_written(!work.is_shared())) {
+            store_output(work, inverse);
             const bool stores = mk::ptx::thread_in_cta() % 4 == 0 && lse_row() < work.num_rows;
             if (stores) work.store_lse(g, lse_row(), lse_log2());
+        } else {
+            merge_with_mates(work, inverse);
         }
         mk::ptx::fence_proxy_async_smem();
         // Nobody begins the next instruction's scratch before all have read this one's.
@@ -254,16 +264,16 @@ class WideConsumer {
         const int64_t first_row = g.scratch_row(work.adopted, 0);
         const float* from = g.o_scratch + first_row * kLatentDim + group * kHalfLatent;
         int at[2];  // of this thread's first columns
-        float to[2], weight[2];
+        float lse_log2[2], to[2], weight[2];
         for (int i = 0; i < 2; ++i) {
             const int own = min(row + 8 * i, work.num_rows - 1);
             at[i] = own * kLatentDim + mk::ptx::thread_in_cta() % 4 * 2;
-            weight[i] = __ldcg(&g.lse_log2_scratch[first_row + own]);
-            to[i] = fmaxf(rows.max[i], weight[i]);
+            lse_log2[i] = __ldcg(&g.lse_log2_scratch[first_row + own]);
+            to[i] = fmaxf(rows.max[i], lse_log2[i]);
         }
         rows.move_max(to).apply(o);
         for (int i = 0; i < 2; ++i) {
-            weight[i] = mk::ptx::exp2_approx(weight[i] - RowState::finite(to[i]));
+            weight[i] = mk::ptx::exp2_approx(lse_log2[i] - RowState::finite(to[i]));
             rows.sum[i] += weight[i];
         }
 #pragma unroll
@@ -280,15 +290,17 @@ class WideConsumer {
     }
 
     // The threads of a quad hold the same rows. Each sends to other mates what they have in common.
-    __device__ void merge_with_mates(const PartialWork& work) const {
-        using Mates = ClusterMerge<Config>;
+    __device__ void merge_with_mates(const PartialWork& work, RowScale scale) const {
         const Mates mates(g, state, work);
-        if (mk::ptx::thread_in_cta() < mk::kWarpThreads) mates.open_inbox();
-        RowScale scale = inverse_sum(work);
-        const float bound[2] = {scale.factor[0] * sum_of_magnitudes(0),
-                                scale.factor[1] * sum_of_magnitudes(1)};
-        const int quad_lane = mk::ptx::thread_in_cta() % 4;
+        const HalfRange range[2] = {HalfRange(scale.factor[0] * sum_of_magnitudes(0)),
+                                    HalfRange(scale.factor[1] * sum_of_magnitudes(1))};
+        for (int i = 0; i < 2; ++i) scale.factor[i] *= range[i].scale;
+        using Columns = Staging<typename Mates::Sent>;
+        static_assert(Columns::kCols == kHalfLatent);
+        const Columns columns(page(Pages::kQPages + group));  // all keys have been read
+        columns.put(o, scale, 0);
         mates.wait_open();
+        const int quad_lane = mk::ptx::thread_in_cta() % 4;
         if (lse_row() < work.num_rows) {
             for (int mate = quad_lane; mate < work.num_mates; mate += 4) {
                 mates.send_lse(lse_row(), mate, lse_log2());
@@ -296,15 +308,12 @@ class WideConsumer {
         }
         static_assert(mk::kMaxClusterCtas / 2 <= 4);
         for (int i = 0; i < 2; ++i) {
-            const HalfRange range(bound[i]);
-            scale.factor[i] *= range.scale;
             const int own = row + 8 * i;
             if (own < work.num_rows && quad_lane < mates.half_mates()) {
-                mates.send_scale(own, group * mates.half_mates() + quad_lane, range.inverse);
+                mates.send_scale(own, group * mates.half_mates() + quad_lane, range[i].inverse);
             }
         }
-        store_rows_as<typename Mates::Sent>(
-            work, scale, [&](int col) { return mates.sender(col); });
+        columns.give(work.num_rows, mates.sender(group * kHalfLatent + Columns::first_col()));
         mates.merge();
     }
     // Of this half of a row of the output: no less than the largest of them.
@@ -321,27 +330,29 @@ class WideConsumer {
         return quad_sum(sum);
     }
 
-    __device__ void store_output(const PartialWork& work) const {
+    // Nobody reads Q any more: its pages are for the output now.
+    __device__ void store_output(const PartialWork& work, const RowScale& scale) const {
         if (writes_scratch(work.dst_batch)) {
             const int slot = scratch_slot(work.dst_batch);
-            float* dst = g.o_scratch + g.scratch_row(slot, 0) * kLatentDim;
-            store_rows_as<float>(
-                work, inverse_sum(work), [&](int col) { return row_writer(dst + col); });
+            store_rows(work, scale, g.o_scratch + g.scratch_row(slot, 0) * kLatentDim);
         } else {
-            Element* dst = reinterpret_cast<Element*>(g.out) +
-                           static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            store_rows_as<Element>(
-                work, inverse_sum(work), [&](int col) { return row_writer(dst + col); });
+            store_rows(work,
+                       scale,
+                       reinterpret_cast<Element*>(g.out) +
+                           static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim);
         }
     }
-    // way(column)(row, 16 bytes of T)
-    template <class T, class Way>
-    __device__ void store_rows_as(const PartialWork& work, const RowScale& scale, Way way) const {
+    template <class T>
+    __device__ void store_rows(const PartialWork& work, const RowScale& scale, T* to) const {
         // Warps without a row of the group have nothing to store.
         if (row / 16 * 16 >= work.num_rows) return;
-        const int first_col = group * kHalfLatent;
-        store_rows<T>(
-            o, scale, page(group), work.num_rows, [&](int col) { return way(first_col + col); });
+        const Staging<T> columns(page(group));
+#pragma unroll
+        for (int first = 0; first < kHalfLatent; first += Staging<T>::kCols) {
+            columns.put(o, scale, first);
+            const int col = group * kHalfLatent + first + Staging<T>::first_col();
+            columns.give(work.num_rows, row_writer(to + col));
+        }
     }
 
     __device__ RowScale inverse_sum(const PartialWork& work) const {

@@ -36,7 +36,7 @@ struct ControlBlock {
     // For what CTAs of a cluster do together in their first instruction.
     uint64_t cluster_barriers[Config::kNumClusterBarriers];
 
-    int32_t epoch;                    // see State::epoch
+    int32_t epoch;                    // see launch_epoch
     int32_t wait_of_role[kNumRoles];  // what it waits for, see Watchdog::note; 0: nothing
     CtaFailure failure;
 

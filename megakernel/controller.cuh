@@ -75,6 +75,7 @@ class Controller {
     __device__ static bool is_known(int32_t opcode) {
         return Ops::visit(opcode, []<class Op>(std::type_identity<Op>) {});
     }
+
     // Every launch has an epoch of its own, later than the last one's by 1 + tic.
     __device__ static void begin_epoch(const MegakernelArgs& args) {
         ControlBlock<Config>& control = control_block<Config>();

@@ -317,17 +317,14 @@ __device__ __forceinline__ uint32_t address_at(uint32_t address, uint32_t rank) 
 
 // For what this CTA has read there may now be written something else. (What it wrote itself the
 // other CTA need not see.)
-__device__ __forceinline__ void mbar_arrive_at(uint32_t mbar_there, int arrivals = 1) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0], %1;" ::"r"(mbar_there), "r"(arrivals)
-                 : "memory");
+__device__ __forceinline__ void mbar_arrive_at(uint32_t mbar_there) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mbar_there) : "memory");
 }
 // The other CTA sees what this thread wrote, or saw written, wherever it is. That takes a fence of
 // the whole GPU.
-__device__ __forceinline__ void mbar_release_at(uint32_t mbar_there, int arrivals = 1) {
-    asm volatile(
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(mbar_there),
-        "r"(arrivals)
-        : "memory");
+__device__ __forceinline__ void mbar_release_at(uint32_t mbar_there) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mbar_there)
+                 : "memory");
 }
 
 // Sends to another CTA's shared memory; its mbarrier counts the bytes when they are there.
@@ -437,6 +434,15 @@ __device__ __forceinline__ int thread_in_cta() {
     int id;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
     return id;
+}
+
+// The condition, but the compiler knows nothing of it, and so leaves a branch on it as it is
+// written: what comes first is placed first. Code that is not executed costs where it is in the
+// way.
+__device__ __forceinline__ bool as_written(bool condition) {
+    int value = condition ? 1 : 0;
+    asm volatile("" : "+r"(value));
+    return value != 0;
 }
 
 __device__ __forceinline__ uint32_t sm_id() {
