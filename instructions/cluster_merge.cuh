@@ -235,6 +235,7 @@ class ClusterMerge {
         const int col = mk::ptx::thread_in_cta() % kTeamThreads * 4;
         const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(Sent));
         const uint32_t of_mate = row_bytes(kOwnChunks * kChunkBytes);
+        const Destination to = destination(first_col(work.mate) + col);
 #pragma unroll 1
         for (int row = team; row < work.num_rows; row += kTeams) {
             const uint32_t from = columns + row * (kOwnChunks * kChunkBytes);
@@ -250,7 +251,7 @@ class ClusterMerge {
                         four_columns(from + mate * of_mate + chunk * kChunkBytes, Sent{}));
                 }
             }
-            store(row, first_col(work.mate) + col, sum);
+            to.store(row, sum);
         }
     }
     __device__ static float4 four_columns(uint32_t from, float) {
@@ -269,24 +270,36 @@ class ClusterMerge {
         sum.w += weight * x.w;
     }
 
-    // Four columns of each of the CTA's chunks.
-    template <int kOwnChunks>
-    __device__ void store(int row, int col, const float4 (&x)[kOwnChunks]) const {
+    // Where a row's columns go.
+    struct Destination {
+        float* scratch;  // or null
+        Element* out;
+
+        // Four columns of each of the CTA's chunks.
+        template <int kOwnChunks>
+        __device__ void store(int row, const float4 (&x)[kOwnChunks]) const {
+            if (scratch != nullptr) {
+#pragma unroll
+                for (int i = 0; i < kOwnChunks; ++i) {
+                    store_16_bytes(scratch + row * kLatentDim + i * kColumnChunk, x[i]);
+                }
+                return;
+            }
+#pragma unroll
+            for (int i = 0; i < kOwnChunks; ++i) {
+                const uint2 rounded = {round_pair({x[i].x, x[i].y}, Element{}),
+                                       round_pair({x[i].z, x[i].w}, Element{})};
+                *reinterpret_cast<uint2*>(out + row * kLatentDim + i * kColumnChunk) = rounded;
+            }
+        }
+    };
+    __device__ Destination destination(int col) const {
         if (writes_scratch(work.dst_batch)) {
-            const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), row);
-            float* to = g.o_scratch + at * kLatentDim + col;
-#pragma unroll
-            for (int i = 0; i < kOwnChunks; ++i) store_16_bytes(to + i * kColumnChunk, x[i]);
-            return;
+            const int64_t first = g.scratch_row(scratch_slot(work.dst_batch), 0);
+            return {g.o_scratch + first * kLatentDim + col, nullptr};
         }
-        const int64_t at = static_cast<int64_t>(work.flat_row(g, row)) * kLatentDim + col;
-        Element* to = reinterpret_cast<Element*>(g.out) + at;
-#pragma unroll
-        for (int i = 0; i < kOwnChunks; ++i) {
-            const uint2 rounded = {round_pair({x[i].x, x[i].y}, Element{}),
-                                   round_pair({x[i].z, x[i].w}, Element{})};
-            *reinterpret_cast<uint2*>(to + i * kColumnChunk) = rounded;
-        }
+        const int64_t first = work.flat_row(g, 0);
+        return {nullptr, reinterpret_cast<Element*>(g.out) + first * kLatentDim + col};
     }
 };
 
