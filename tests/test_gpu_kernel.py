@@ -22,11 +22,19 @@ from mla_decode.errors import (
 )
 from mla_decode.measure import timing_records
 from mla_decode.reference import Case, attention, compare, make_case
-from mla_decode.words import INSTRUCTION_WORDS, KV_TILE, LATENT_DIM, Noop, Partial, Reduction
+from mla_decode.words import (
+    INSTRUCTION_WORDS,
+    KV_TILE,
+    LATENT_DIM,
+    MAX_REDUCTION_INPUTS,
+    Noop,
+    Partial,
+    Reduction,
+)
 
 from benchmarks.measure import measure as benchmark
 from benchmarks.shapes import Shape
-from tests.support import Launch, pack, run_queue, same_bits
+from tests.support import Launch, cut, pack, require_attention, run_queue, same_bits
 from tests.test_adoption import WHOLE_CHAIN, chained
 from tests.test_mates import shared
 
@@ -128,6 +136,26 @@ def test_kernel_agrees_with_interpreter_on_a_tree_in_slices() -> None:
             final.append(Reduction(100 + slot, 0, 0, (slot - 2, slot - 1), **piece))
     words = pack(*queue, *final)
     agree(case, Launch.of(case, words, slot), Launch.of(case.to("cpu"), words, slot))
+
+
+# Merges
+
+
+@pytest.mark.parametrize("column_slices", (1, 2, 8))
+@pytest.mark.parametrize("inputs", (2, 3, 9, 18, 19, 32, 33))
+@pytest.mark.parametrize("num_heads, new_tokens", [(16, 1), (16, 4), (5, 16), (128, 1)])
+def test_merges_of_any_size_give_attention(
+    num_heads: int, new_tokens: int, inputs: int, column_slices: int
+) -> None:
+    """By chunks and by whole rows, in one turn and in many; a merge's last input has three keys,
+    which the first of several tokens do not see."""
+    sinks = torch.linspace(-3, 9, num_heads)
+    lengths = [(inputs - 1) * KV_TILE + 3] * 3
+    case = make_case(lengths, num_heads, new_tokens, attn_sink=sinks, device="cuda")
+    for runs in (True, False):
+        if runs or inputs <= MAX_REDUCTION_INPUTS:
+            queue, num_slots = cut(case, 1, runs=runs, column_slices=column_slices)
+            require_attention(run_queue(case, queue, num_slots))
 
 
 # Mates
