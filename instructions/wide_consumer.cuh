@@ -89,27 +89,15 @@ class WideConsumer {
 
     __device__ void attend() {
         const HalfQ<Rope> q_own(page(group)), q_other(page(1 - group));
-        for (int tile = group; tile <= num_tiles; tile += kGroups) {
+        int tile = group;
+        for (; tile < num_tiles; tile += kGroups) {
             Scores s;
             const int own_half = Pages::half_tile(tile, group), other_half = own_half ^ 1;
-            const bool is_end = tile == num_tiles;  // nothing is left but the other's last tile
-            bool holds_others = tile > 0;
-            uint32_t others = 0;
-            if (holds_others && (is_end || comes_late(own_half))) {
-                others = emptied(tile - 1);
-                add_others(tile - 1);
-                if (is_end) {
-                    open_inbox();
-                    publish_sums();
-                }
-                kittens::warpgroup::mma_async_wait();
-                let_go(others);
-                holds_others = false;
-            }
-            if (is_end) return;
             Pages::wait_half(g, state, own_half);
             multiply_scores<Element, true>(s, q_own, HalfK(own_page));
             kittens::warpgroup::mma_commit_group();
+            bool holds_others = tile > 0;
+            uint32_t others = 0;
             if (holds_others) {
                 others = emptied(tile - 1);
                 add_others(tile - 1);
@@ -130,6 +118,13 @@ class WideConsumer {
             kittens::warpgroup::mma_async_wait();
             add_own(s, tile);
         }
+        if (tile > num_tiles) return;
+        const uint32_t others = emptied(num_tiles - 1);
+        add_others(num_tiles - 1);
+        open_inbox();
+        publish_sums();
+        kittens::warpgroup::mma_async_wait();
+        let_go(others);
     }
 
     // For mates' results, where Q is: nobody reads it any more when there is P of all tiles.
@@ -138,14 +133,6 @@ class WideConsumer {
         if (work.is_shared() && mk::ptx::thread_in_cta() % kWarpgroupThreads < mk::kWarpThreads) {
             Mates(g, state, work).open_inbox();
         }
-    }
-
-    // Keys that nobody else reads come from memory, which may be slow. All of the warpgroup have to
-    // know.
-    __device__ bool comes_late(int half_tile) const {
-        return g.kv_policy == mk::ptx::kEvictFirst &&
-               mk::ptx::named_barrier_any(
-                   warpgroup_barrier(group), kWarpgroupThreads, !Pages::is_there(state, half_tile));
     }
 
     // The other one has written P after it had all of the tile.
