@@ -143,7 +143,6 @@ class WideConsumer {
         const Scratch& shared = scratch();
         const float max[2] = {shared.max[row], shared.max[row + 8]};
         if (__any_sync(~0u, max[0] != rows.max[0] || max[1] != rows.max[1])) {
-            kittens::warpgroup::mma_async_wait();  // rare; ptxas would put it here (C7517)
             rows.move_max(max).apply(o);
         }
         accumulate<Element>(o, POperand(mk::ptx::smem_address(&shared.p)), VOperand(others_page));
