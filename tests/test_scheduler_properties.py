@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
-from hypothesis import example, given, settings
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mla_decode import _scheduler
 from mla_decode._scheduler import CostModel, PlanData
@@ -91,12 +91,6 @@ def mixed_batches(draw: st.DrawFn) -> Batch:
 BATCHES = uniform_batches() | mixed_batches()
 
 
-def free_at(worker: npt.NDArray[np.int32], end: npt.NDArray[np.float32], index: int) -> float:
-    """When the worker of an instruction has done with those before it."""
-    before = np.flatnonzero(worker[:index] == worker[index])
-    return float(end[before[-1]]) if before.size else 0.0
-
-
 def check_plan(plan: PlanData, batch: Batch, workers: int, cost: CostModel) -> None:
     words = plan.instructions
     batch.validate(plan)
@@ -115,11 +109,8 @@ def check_plan(plan: PlanData, batch: Batch, workers: int, cost: CostModel) -> N
     worker, start, end, makespan = _scheduler.simulate(
         words, batch.heads, batch.tokens, workers, cost
     )
+    np.testing.assert_array_equal(worker, plan.worker)
     np.testing.assert_allclose(end, plan.end_us, rtol=1e-5)
-    # The planner simulates partials once for many queues, so its sums round in another order. Then
-    # workers that are free at the same time may change places.
-    for i in np.flatnonzero(worker != plan.worker):
-        assert np.isclose(free_at(worker, end, i), free_at(plan.worker, end, i), rtol=1e-6)
     assert np.isclose(makespan, plan.predicted_us)
     assert makespan == np.float64(makespan)
     assert np.isclose(end.max(), makespan, rtol=1e-6)
@@ -134,16 +125,23 @@ def check_plan(plan: PlanData, batch: Batch, workers: int, cost: CostModel) -> N
         assert (start[mine[1:]] >= end[mine[:-1]]).all()
 
 
-# Six workers of which planner and simulator make different ones the first that is free.
-TIED = Batch([1, 3201, 11265, 13057, 14209], 63, [2, 13, 10, 7, 6], 1, 38)
-
-
 @settings(max_examples=400, deadline=None)
 @given(BATCHES, WORKERS, POLICIES, st.integers(1, 40))
-@example(TIED, 161, "balanced", 1)
 def test_every_plan_is_valid(batch: Batch, workers: int, policy: str, split_tiles: int) -> None:
     cost = CostModel()
     check_plan(batch.plan(workers, cost, policy, split_tiles), batch, workers, cost)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="planner and simulator round sums in different order: tied workers change places",
+)
+def test_workers_that_tie_are_the_simulators() -> None:
+    """Six workers are free at the same time but for 1e-14 us; all times agree."""
+    batch = Batch([1, 3201, 11265, 13057, 14209], 63, [2, 13, 10, 7, 6], 1, 38)
+    cost = CostModel()
+    check_plan(batch.plan(161, cost, "balanced", 1), batch, 161, cost)
 
 
 @settings(max_examples=200, deadline=None)
