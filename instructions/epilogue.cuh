@@ -55,7 +55,7 @@ class Staging {
         __syncwarp();
     }
 
-    // Gives away what lies here, of rows below num_rows: use(row, 16 bytes of T), from column_of(0)
+    // Gives away what lies here, of rows below num_rows: use(row, 16 bytes of T), from first_col()
     // on.
     template <class Use>
     __device__ void give(int num_rows, Use use) const {

@@ -205,13 +205,13 @@ class Simulation {
         timeline_.end_us.resize(graph.tasks.size(), kNotEnded);
     }
 
-    // Handles the next event; false when there is none. Progress is counted in tiles that
-    // every streaming partial has advanced, so that a change of rate moves no event.
+    // Handles the next event; false when there is none.
     bool advance() {
-        const double tile_us = cost_.stream_tile_us(num_different_streams_);
         const double stream_end_us =
-            num_streams_ == 0 ? kNever
-                              : now_ + std::max(0.0, streaming_.next().at - tiles_done_) * tile_us;
+            num_streams_ == 0
+                ? kNever
+                : std::max(now_,
+                           rate_since_us_ + (streaming_.next().at - tiles_before_) * tile_us_);
         EventFifo& begins =
             first_streams_.next().at <= next_streams_.next().at ? first_streams_ : next_streams_;
         const double begin_us = begins.next().at;
@@ -219,7 +219,6 @@ class Simulation {
 
         const double at_us = std::min({stream_end_us, begin_us, end_us});
         if (at_us == kNever) return false;
-        if (num_streams_ > 0) tiles_done_ += (at_us - now_) / tile_us;
         now_ = at_us;
         if (at_us == stream_end_us) {
             const int32_t worker = streaming_.pop().worker;
@@ -229,7 +228,7 @@ class Simulation {
             const int32_t worker = begins.pop().worker;
             count_streams(task_of(worker), 1);
             const double tiles = std::max(num_tiles_of_mate(task_of(worker)), least_tiles_);
-            streaming_.push({tiles_done_ + tiles, worker});
+            streaming_.push({tiles_before_ + tiles, worker});
         } else {
             finish(ending_.pop().worker);
         }
@@ -251,11 +250,16 @@ class Simulation {
         ending_.push({at_us + partial_store_us(partial, cost_), worker});
     }
 
+    // Begins a new rate. Between two of them no time is summed up: reductions, which change no
+    // rate, move no partial by a rounding error, and workers that tie with reductions tie without.
     void count_streams(const Task& partial, int sign) {
+        if (num_streams_ > 0) tiles_before_ += (now_ - rate_since_us_) / tile_us_;
         const int streams = sign * partial.num_mates;
         num_streams_ += streams;
         num_different_streams_ += static_cast<double>(streams) / partial.kv_sharing;
         if (num_streams_ == 0) num_different_streams_ = 0.0;  // rid of rounding errors
+        rate_since_us_ = now_;
+        tile_us_ = cost_.stream_tile_us(num_different_streams_);
     }
 
     // The first instructions: mates have workers side by side. Returns how many.
@@ -375,11 +379,15 @@ class Simulation {
     std::vector<Wait> waits_;         // of each merge
     EventFifo first_streams_;         // begins of a worker's first partial, and of later ones:
     EventFifo next_streams_;          // each after a constant time, so in order
-    EventHeap streaming_;             // ends of streams, in tiles on the scale of tiles_done_
+    EventHeap streaming_;             // ends of streams, in tiles on the scale of tiles_before_
     EventQueue ending_;               // ends of instructions
     Timeline timeline_;
     double now_;
-    double tiles_done_ = 0.0;
+    // Progress is counted in tiles that every streaming partial has advanced, so that a change of
+    // rate moves no event: so many until the present rate began.
+    double tiles_before_ = 0.0;
+    double rate_since_us_ = 0.0;
+    double tile_us_ = 0.0;
     int num_streams_ = 0;
     double num_different_streams_ = 0.0;  // streams that read the same KV count as one
     size_t next_ticket_ = 0;
