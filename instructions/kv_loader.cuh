@@ -27,7 +27,7 @@ class BoxLoader {
           end_(work.end),
           lane_(lane),
           id_(look_up(0)),
-          in_block_(g.place_in_block(position(0))),
+          row_of_box_(row_of(0)),
           next_id_(look_up(mk::kWarpThreads)) {}
 
     __device__ void begin_tile(int tile) {
@@ -36,7 +36,7 @@ class BoxLoader {
 #pragma unroll
         for (int box = 0; box < kBoxes; ++box) {
             block_[box] = __shfl_sync(~0u, id_, first % mk::kWarpThreads + box);
-            row_[box] = __shfl_sync(~0u, in_block_, first % mk::kWarpThreads + box);
+            row_[box] = __shfl_sync(~0u, row_of_box_, first % mk::kWarpThreads + box);
         }
     }
 
@@ -81,6 +81,12 @@ class BoxLoader {
 
     // Of the lane's box in the window of 32 that begins with box `first`.
     __device__ int position(int first) const { return start_ + (first + lane_) * kRows; }
+    // In its block.
+    __device__ int row_of(int first) const {
+        const int at = position(first), row = g_.place_in_block(at);
+        const bool is_last = end_ - at <= kKvTile;
+        return kBoxes == 1 && is_last ? row - TailRows<true>(end_ - start_).first : row;
+    }
     // Entries past the request's last block are never read: they may hold anything.
     __device__ int look_up(int first) const {
         const int at = position(first);
@@ -89,14 +95,14 @@ class BoxLoader {
     // Windows follow each other; what the next one needs is read ahead.
     __device__ void open_window(int first) {
         id_ = next_id_;
-        in_block_ = g_.place_in_block(position(first));
+        row_of_box_ = row_of(first);
         next_id_ = look_up(first + mk::kWarpThreads);
     }
 
     const MlaGlobals& g_;
     const int32_t* ids_;
     int kv_head_, start_, end_, lane_;
-    int id_, in_block_, next_id_;      // of the lane's box
+    int id_, row_of_box_, next_id_;    // of the lane's box; the row may be negative
     int block_[kBoxes], row_[kBoxes];  // of the tile's boxes
 };
 

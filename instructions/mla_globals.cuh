@@ -151,8 +151,8 @@ struct MlaGlobals {
     __device__ int num_rows_of(int sequence) const { return tokens_of(sequence).count * num_heads; }
 
     // Row `row` of a slot's row group; only the place within the group counts.
-    __device__ int64_t scratch_row(int slot, int row) const {
-        return static_cast<int64_t>(slot) * slot_rows + row % kMaxRows;
+    __device__ int64_t scratch_row(uint32_t slot, uint32_t row) const {
+        return uint64_t{slot} * static_cast<uint32_t>(slot_rows) + row % kMaxRows;
     }
     // Of a row as the output counts it.
     __device__ void store_lse(int flat_row, float lse_log2) const {

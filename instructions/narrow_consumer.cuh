@@ -79,8 +79,10 @@ struct NarrowConsumer {
             NarrowScores s;
             score(g, state, s, q, tile);
             if (tile >= plain_tiles) {
-                hide_past(s, scratch(state).visible[group()], tile * kKvTile);
-                clear_past_length(state, tile);
+                const typename Pages::Tail tail(work.num_positions());
+                const int first = work.is_last(tile) ? tail.first : 0;
+                hide_outside(s, scratch(state).visible[group()], first, tile * kKvTile);
+                if (work.is_last(tile)) clear_past_end(state, tile, tail.past_end);
             }
             absorb(g, state, s, o, rows);
             add_products(state, o, tile);
@@ -110,14 +112,11 @@ struct NarrowConsumer {
         kittens::warpgroup::mma_async_wait();
     }
 
-    // V rows past the request's length meet P = 0, but NaN * 0 is NaN: they become 0.
-    __device__ static void clear_past_length(const State& state, int tile) {
-        const int valid =
-            state.word(PartialWords::kLength) - state.word(PartialWords::kStart) - tile * kKvTile;
-        if (valid >= kKvTile) return;
-        sync_warpgroup();  // all have read K
-        clear_rows(page_address(state, Pages::page(2 * tile)), valid);
-        clear_rows(page_address(state, Pages::page(2 * tile + 1)), valid);
+    // V rows of the last tile past the end meet P = 0, but NaN * 0 is NaN: they become 0.
+    __device__ static void clear_past_end(const State& state, int tile, int past_end) {
+        if (past_end == kKvTile) return;
+        clear_rows(page_address(state, Pages::page(2 * tile)), past_end);
+        clear_rows(page_address(state, Pages::page(2 * tile + 1)), past_end);
     }
 
     // Scores become P in scratch. The vote comes after all four warps have read the last P.

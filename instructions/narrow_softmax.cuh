@@ -39,14 +39,23 @@ __device__ __forceinline__ int warp_in_warpgroup() {
     return mk::ptx::thread_in_cta() % kWarpgroupThreads / mk::kWarpThreads;
 }
 
-// Scores of positions at or past `visible` of their row become -inf, whatever was read for them.
-__device__ __forceinline__ void hide_past(NarrowScores& s, const int* visible, int first_position) {
-    const int position = first_position + fragment_row();
+// Scores of a tile's rows before `first` become -inf, and those of positions at or past `visible`
+// of their row, whatever was read for them. `begin` is the position of row `first`.
+__device__ __forceinline__ void hide_outside(NarrowScores& s,
+                                             const int* visible,
+                                             int first,
+                                             int begin) {
+    int position[2];
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+        const int row = fragment_row() + 8 * lower;
+        position[lower] = row < first ? INT_MAX : begin - first + row;
+    }
 #pragma unroll
     for (int r = 0; r < kThreadRows; ++r) {
         const int end = visible[thread_row(r)];
-        if (position >= end) element(s, r, 0) = -INFINITY;
-        if (position + 8 >= end) element(s, r, 1) = -INFINITY;
+        if (position[0] >= end) element(s, r, 0) = -INFINITY;
+        if (position[1] >= end) element(s, r, 1) = -INFINITY;
     }
 }
 

@@ -38,7 +38,7 @@ struct PartialWork {
         return words[Words::kNumMates] > 1 ? 1 << 24 : num_tiles_of(words);
     }
     __device__ static int num_tiles_of(const int32_t* words) {
-        return (words[Words::kEnd] - words[Words::kStart] + kKvTile - 1) / kKvTile;
+        return (static_cast<uint32_t>(num_positions(words)) + kKvTile - 1) / kKvTile;
     }
 
     // KV positions that a row of the group may see: [0, visible).
@@ -63,9 +63,30 @@ struct PartialWork {
         if (g.attn_sink == nullptr || writes_scratch(dst_batch)) return -INFINITY;
         return g.sink_log2(flat_row(g, row));
     }
+    __device__ int num_positions() const { return end - start; }
+    __device__ static int num_positions(const int32_t* words) {
+        return words[Words::kEnd] - words[Words::kStart];
+    }
+    __device__ bool is_last(int tile) const { return tile + 1 == num_tiles; }
     // Leading tiles that every row sees in full.
     __device__ int num_plain_tiles(const MlaGlobals& g) const {
         return max(0, visible(g, 0) - start) / kKvTile;
+    }
+};
+
+// Where the positions of a range's last tile lie in it. A box that would reach past the end begins
+// earlier by as many groups of rows as hold no position: what lies before its block becomes zeros,
+// without being read, and only the tile's last group may have rows past the end. (In a block of
+// several tiles positions before come along, which is no harm.) Where a tile comes in other ways
+// its positions begin with row 0.
+template <bool kWholeTileBoxes>
+struct TailRows {
+    int first, past_end;
+
+    __device__ explicit TailRows(int num_positions) {
+        const int missing = -num_positions & (kKvTile - 1);
+        first = kWholeTileBoxes ? missing & -kGroupRows : 0;
+        past_end = kKvTile - missing + first;
     }
 };
 
@@ -101,11 +122,13 @@ struct PartialPages {
         return 2 * tile + (Config::kNarrow ? half : (half ^ tile) % 2);
     }
 
-    __device__ static int place(int half_tile) { return half_tile % kRing; }
-    __device__ static int page(int half_tile) { return kQPages + place(half_tile); }
+    __device__ static int place(uint32_t half_tile) { return half_tile % kRing; }
+    __device__ static int page(uint32_t half_tile) { return kQPages + place(half_tile); }
     // Semaphore that says that a half tile is there, and its phase.
-    __device__ static int full(int half_tile) { return kKvFull + half_tile % kFullBarriers; }
-    __device__ static int full_phase(int half_tile) { return half_tile / kFullBarriers; }
+    __device__ static int full(uint32_t half_tile) { return kKvFull + half_tile % kFullBarriers; }
+    __device__ static int full_phase(uint32_t half_tile) { return half_tile / kFullBarriers; }
+
+    using Tail = TailRows<Config::kWholeTileBoxes>;
 
     // The k-th page that a partial of so many tiles lets go of: those of the ring in its order, the
     // unused ones first, then Q's.
@@ -151,8 +174,16 @@ struct PartialPages {
     // a half tile: its page goes to a later one or to the next instruction.
     template <class State>
     __device__ static uint32_t emptied(const State& state, int half_tile, int num_tiles_kept) {
-        return half_tile + kRing < 2 * num_tiles_kept ? state.semaphore(kKvEmpty + place(half_tile))
-                                                      : state.page_free(page(half_tile));
+        return half_tile + kRing < 2 * num_tiles_kept ? empty(state, half_tile)
+                                                      : free(state, half_tile);
+    }
+    template <class State>
+    __device__ static uint32_t empty(const State& state, int half_tile) {
+        return state.semaphore(kKvEmpty + place(half_tile));
+    }
+    template <class State>
+    __device__ static uint32_t free(const State& state, int half_tile) {
+        return state.page_free(page(half_tile));
     }
 };
 

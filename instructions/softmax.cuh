@@ -6,18 +6,25 @@
 
 namespace mla {
 
-// Scores of positions at or past `visible` (for the upper and the lower row) become -inf.
-__device__ __forceinline__ void hide_past(Scores& s, int visible_upper, int visible_lower) {
+// Of the columns that this thread holds of every row, those before `end`: a bit for each.
+__device__ __forceinline__ uint32_t columns_before(int end) {
     const int first = 2 * (mk::ptx::thread_in_cta() % 4);
+    end = min(max(end, 0), kKvTile);
+    return (1u << (end / 8 * 2 + min(max(end % 8 - first, 0), 2))) - 1;
+}
+
+// Scores outside the columns [first, end) become -inf; `end` of the upper row and the lower one.
+__device__ __forceinline__ void hide_outside(Scores& s, int first, const int (&end)[2]) {
+    const uint32_t before = columns_before(first);
+    const uint32_t hidden[2] = {~columns_before(end[0]) | before, ~columns_before(end[1]) | before};
 #pragma unroll
     for (int tile = 0; tile < Scores::width; ++tile) {
 #pragma unroll
         for (int part = 0; part < 4; ++part) {
-            const int visible = part % 2 == 0 ? visible_upper : visible_lower;
-            const int col = 16 * tile + 8 * (part / 2) + first;
+            const int column = 4 * tile + part / 2 * 2;
             float2& pair = s.tiles[0][tile].data[part];
-            if (col >= visible) pair.x = -INFINITY;
-            if (col + 1 >= visible) pair.y = -INFINITY;
+            if (hidden[part % 2] & 1u << column) pair.x = -INFINITY;
+            if (hidden[part % 2] & 2u << column) pair.y = -INFINITY;
         }
     }
 }
@@ -78,22 +85,21 @@ struct RowState {
     // the same in a format with an exponent, and most tiles need no rescaling of O at all. So P is
     // computed before it is known whether this is such a tile.
     template <class Element>
-    __device__ __forceinline__ RowScale absorb(const Scores& s,
-                                               PFragment<Element>& p,
-                                               float scale_log2) {
+    __device__ __forceinline__ void absorb(const Scores& s,
+                                           PFragment<Element>& p,
+                                           Accumulator& o,
+                                           float scale_log2) {
         float added[2];
         weigh(s, p, scale_log2, added);
-        RowScale scale = {1.f, 1.f};
         bool exceeded = false;
         for (int i = 0; i < 2; ++i) exceeded |= added[i] > kMost || max[i] == -INFINITY;
         if (__any_sync(~0u, exceeded)) {
             float to[2];
             max_with(s, scale_log2, to);
-            scale = move_max(to);
+            move_max(to).apply(o);
             weigh(s, p, scale_log2, added);
         }
         for (int i = 0; i < 2; ++i) sum[i] += added[i];
-        return scale;
     }
 
     // The running maximum once these scores are among those that have been seen.

@@ -44,11 +44,20 @@ class WideConsumer {
     using Rope = std::conditional_t<Config::kWholeTileBoxes, RopeInRegisters<Element>, RopeInSmem>;
 
     struct Scratch {
-        PTile<Element> p;              // of the tile scored last
-        float max[kMaxRows];           // that it is relative to
-        float sum[kGroups][kMaxRows];  // in the end, of a warpgroup's own tiles
+        PTile<Element> p;                // of the tile scored last
+        float max[kMaxRows];             // that it is relative to
+        float sum[kGroups][kMaxRows];    // in the end, of a warpgroup's own tiles
+        int visible[kGroups][kMaxRows];  // positions from the start on
     };
     static_assert(sizeof(Scratch) <= Config::kScratchBytes);
+
+    // Who looks after a half tile's page when it has been read.
+    struct Emptied {
+        const uint32_t later_tile, next_instruction;
+        __device__ Emptied(const State& state, int tile, int half)
+            : later_tile(uniform(Pages::empty(state, Pages::half_tile(tile, half)))),
+              next_instruction(uniform(Pages::free(state, Pages::half_tile(tile, half)))) {}
+    };
 
     const MlaGlobals& g;
     const State& state;
@@ -60,6 +69,7 @@ class WideConsumer {
     // A warpgroup's tiles all come to the same pages: of its own tiles its half of the columns and
     // the other half, of the other's tiles its half.
     const uint32_t own_page, other_half_page, others_page;
+    const Emptied own, others;
     Accumulator o;
     RowState rows;
 
@@ -71,7 +81,10 @@ class WideConsumer {
           plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
           own_page(half_page(group, group)),
           other_half_page(half_page(group, 1 - group)),
-          others_page(half_page(1 - group, group)) {
+          others_page(half_page(1 - group, group)),
+          own(state, group, group),
+          others(state, 1 - group, group) {
+        note_visible();
         kittens::zero(o);
         state.wait(Pages::kQFull, 0);
         if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
@@ -83,6 +96,14 @@ class WideConsumer {
     }
     __device__ uint32_t half_page(int tile, int half) const {
         return uniform(page(Pages::page(Pages::half_tile(tile, half))));
+    }
+
+    // Each warp for its own rows.
+    __device__ void note_visible() {
+        const PartialWork work(g, state.words());
+        const int own = row / 16 * 16 + mk::ptx::thread_in_cta() % 16;
+        scratch().visible[group][own] = work.visible(g, own) - work.start;
+        __syncwarp();
     }
 
     // ---- the tiles ------------------------------------------------------------------
@@ -97,14 +118,12 @@ class WideConsumer {
             multiply_scores<Element, true>(s, q_own, HalfK(own_page));
             kittens::warpgroup::mma_commit_group();
             bool holds_others = tile > 0;
-            uint32_t others = 0;
             if (holds_others) {
-                others = emptied(tile - 1);
-                add_others(tile - 1);
+                add_others<false>();
                 // Where memory is slow, what is read does not wait for what is still to come.
                 if (!Pages::is_there(state, other_half)) {
                     kittens::warpgroup::mma_async_wait();
-                    let_go(others);
+                    let_go(others, tile - 1);
                     holds_others = false;
                 }
             }
@@ -113,18 +132,17 @@ class WideConsumer {
             kittens::warpgroup::mma_commit_group();
             if (holds_others) {
                 kittens::warpgroup::mma_async_wait<1>();
-                let_go(others);
+                let_go(others, tile - 1);
             }
             kittens::warpgroup::mma_async_wait();
             add_own(s, tile);
         }
         if (tile > num_tiles) return;
-        const uint32_t others = emptied(num_tiles - 1);
-        add_others(num_tiles - 1);
+        add_others<true>();
         open_inbox();
         publish_sums();
         kittens::warpgroup::mma_async_wait();
-        let_go(others);
+        let_go(others, num_tiles - 1);
     }
 
     // For mates' results, where Q is: nobody reads it any more when there is P of all tiles.
@@ -136,10 +154,11 @@ class WideConsumer {
     }
 
     // The other one has written P after it had all of the tile.
-    __device__ void add_others(int tile) {
+    template <bool kLast>
+    __device__ void add_others() {
         barrier_sync(p_ready(1 - group), kConsumerThreads);
         Pages::see_half(g);
-        if (tile + 1 == num_tiles) clear_past_length(tile);
+        if (kLast) clear_past_end();
         const Scratch& shared = scratch();
         const float max[2] = {shared.max[row], shared.max[row + 8]};
         if (__any_sync(~0u, max[0] != rows.max[0] || max[1] != rows.max[1])) {
@@ -151,23 +170,23 @@ class WideConsumer {
     // P is written where the other's was: the products with that came before the scores.
     __device__ void add_own(Scores& s, int tile) {
         if (tile >= plain_tiles) {
-            const PartialWork work(g, state.words());
-            const int begin = work.start + tile * kKvTile;
-            hide_past(s, work.visible(g, row) - begin, work.visible(g, row + 8) - begin);
-            if (tile + 1 == num_tiles) clear_past_length(tile);
+            const typename Pages::Tail tail(PartialWork::num_positions(state.words()));
+            const bool is_last = tile + 1 == num_tiles;
+            const int first = is_last ? tail.first : 0, begin = tile * kKvTile - first;
+            const auto& visible = scratch().visible[group];
+            hide_outside(s, first, {visible[row] - begin, visible[row + 8] - begin});
+            if (is_last) clear_past_end();
         }
-        const uint32_t own = emptied(tile);
         PFragment<Element> p;
-        const RowScale moved = rows.template absorb<Element>(s, p, g.scale_log2);
+        rows.template absorb<Element>(s, p, o, g.scale_log2);
         // The other warpgroup is told when these stores have landed: until then, one more product.
         put_p(p);
-        moved.apply(o);
         accumulate<Element>(o, p, VOperand(own_page));
         mk::ptx::fence_proxy_async_smem();
         barrier_arrive(p_ready(group), kConsumerThreads);
         if (tile + 1 == num_tiles) publish_sums();
         kittens::warpgroup::mma_async_wait();
-        let_go(own);
+        let_go(own, tile);
     }
 
     __device__ void put_p(const PFragment<Element>& p) const {
@@ -190,20 +209,18 @@ class WideConsumer {
         put_rows(scratch().sum[group], rows.sum);
     }
 
-    // This warpgroup's half of a tile: who looks after it next.
-    __device__ uint32_t emptied(int tile) const {
-        return Pages::emptied(state, Pages::half_tile(tile, group), num_tiles_kept);
-    }
-    __device__ static void let_go(uint32_t emptied) {
-        if (is_first_lane()) mk::ptx::mbar_arrive(emptied);
+    // Of this warpgroup's half of a tile.
+    __device__ void let_go(const Emptied& emptied, int tile) const {
+        const bool comes_again = tile + Pages::kRing / 2 < num_tiles_kept;
+        if (!is_first_lane()) return;
+        mk::ptx::mbar_arrive(comes_again ? emptied.later_tile : emptied.next_instruction);
     }
 
-    // V rows past the request's length meet P = 0, but NaN * 0 is NaN: they become 0.
-    __device__ void clear_past_length(int tile) const {
-        const int valid =
-            state.word(PartialWords::kLength) - state.word(PartialWords::kStart) - tile * kKvTile;
-        if (valid >= kKvTile) return;
-        clear_rows(half_page(tile, group), valid);
+    // V rows of the last tile past the end meet P = 0, but NaN * 0 is NaN: they become 0.
+    __device__ void clear_past_end() const {
+        const typename Pages::Tail tail(PartialWork::num_positions(state.words()));
+        if (tail.past_end == kKvTile) return;
+        clear_rows(half_page(num_tiles - 1, group), tail.past_end);
         mk::ptx::fence_proxy_async_smem();
         mk::ptx::named_barrier_sync(warpgroup_barrier(group), kWarpgroupThreads);
     }

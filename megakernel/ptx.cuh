@@ -433,6 +433,7 @@ __device__ __forceinline__ uint64_t global_time_ns() {
 __device__ __forceinline__ int thread_in_cta() {
     int id;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+    __builtin_assume(0 <= id && id < 1024);
     return id;
 }
 
