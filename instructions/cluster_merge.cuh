@@ -201,8 +201,8 @@ class ClusterMerge {
             const int row = first + mk::ptx::thread_in_cta() / kMost;
             const bool wanted = exists && row < work.num_rows;
             const float lse_log2 = wanted ? note(mate, row).weight : -INFINITY;
-            const float top = RowState::finite(
-                over_mates(lse_log2, [](float x, float y) { return fmaxf(x, y); }));
+            const float top = over_mates(
+                lse_log2, [](float x, float y) { return fmaxf(fmaxf(x, y), RowState::kNoMax); });
             const float own = mk::ptx::exp2_approx(lse_log2 - top);
             const float total = over_mates(own, [](float x, float y) { return x + y; });
             if (!wanted) continue;

@@ -215,11 +215,11 @@ struct NarrowConsumer {
             adopted_lse_log2 = __ldcg(&g.lse_log2_scratch[g.scratch_row(work.adopted, row)]);
             top = fmaxf(top, adopted_lse_log2);
         }
-        const float adopted = mk::ptx::exp2_approx(adopted_lse_log2 - RowState::finite(top));
+        const float adopted = mk::ptx::exp2_approx(adopted_lse_log2 - top);
         float factor[kGroups], total = adopted;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            factor[group] = mk::ptx::exp2_approx(shared.max[group][row] - RowState::finite(top));
+            factor[group] = mk::ptx::exp2_approx(shared.max[group][row] - top);
             float sum = 0.f;
 #pragma unroll
             for (int warp = 0; warp < 4; ++warp) sum += shared.exchange[group].of_warp[warp][row];
@@ -236,7 +236,7 @@ struct NarrowConsumer {
             return;
         }
         if (g.attn_sink != nullptr && !work.is_shared()) {
-            total += mk::ptx::exp2_approx(work.sink_log2(g, row) - RowState::finite(top));
+            total += mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
         }
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
         shared.factor[0][row] = factor[0] * inverse;

@@ -2,6 +2,8 @@
 // threads, so maxima and sums of a row are found together: by votes and through shared memory.
 #pragma once
 
+#include <climits>
+
 #include "instructions/narrow_fragments.cuh"
 #include "instructions/softmax.cuh"
 
@@ -68,7 +70,7 @@ struct NarrowState {
     __device__ explicit NarrowState(int num_rows) {
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
-            max.of[r] = thread_row(r) < num_rows ? -INFINITY : INFINITY;
+            max.of[r] = thread_row(r) < num_rows ? RowState::kNoMax : INFINITY;
             sum.of[r] = 0.f;
         }
     }
@@ -126,7 +128,7 @@ struct NarrowState {
     // Returns what has been summed so far is to be multiplied with.
     __device__ __forceinline__ float move_max(int r, float to) {
         // Nothing summed yet, or no row at all.
-        const bool keeps = max.of[r] == -INFINITY || max.of[r] == to;
+        const bool keeps = max.of[r] == RowState::kNoMax || max.of[r] == to;
         const float factor = keeps ? 1.f : mk::ptx::exp2_approx(max.of[r] - to);
         max.of[r] = to;
         sum.of[r] *= factor;
@@ -155,10 +157,9 @@ struct NarrowState {
 #pragma unroll
             for (int lower = 0; lower < 2; ++lower) {
                 float2 e;
-                e.x = mk::ptx::exp2_approx(
-                    fmaf(element(s, r, lower), scale_log2, -RowState::finite(max.of[r])));
+                e.x = mk::ptx::exp2_approx(fmaf(element(s, r, lower), scale_log2, -max.of[r]));
                 e.y = mk::ptx::exp2_approx(
-                    fmaf(element(s, r + 1, lower), scale_log2, -RowState::finite(max.of[r + 1])));
+                    fmaf(element(s, r + 1, lower), scale_log2, -max.of[r + 1]));
                 sum.of[r] += e.x;
                 sum.of[r + 1] += e.y;
                 packed[r + lower] = round_pair(e, Element{});

@@ -159,11 +159,6 @@ struct PartialPages {
         state.wait(full(half_tile), full_phase(half_tile));
         see_half(g);
     }
-    // Without waiting.
-    template <class State>
-    __device__ static bool is_there(const State& state, int half_tile) {
-        return state.is_over(full(half_tile), full_phase(half_tile));
-    }
     // What lanes copied came through the generic proxy; the tensor cores read through the other
     // one.
     __device__ static void see_half(const MlaGlobals& g) {

@@ -2,6 +2,8 @@
 // warpgroups here.
 #pragma once
 
+#include <cfloat>
+
 #include "instructions/fragments.cuh"
 
 namespace mla {
@@ -62,18 +64,19 @@ struct RowState {
     static constexpr int kSlack = 8;
     static constexpr float kMost = 1 << kSlack;
 
-    float max[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0.f, 0.f};
+    // Of a row that has seen no key yet: below any score, but what is hidden, -inf, still lies
+    // below it.
+    static constexpr float kNoMax = -FLT_MAX;
 
-    // A row that has seen no key yet has no maximum to subtract.
-    __device__ static float finite(float x) { return x == -INFINITY ? 0.f : x; }
+    float max[2] = {kNoMax, kNoMax};
+    float sum[2] = {0.f, 0.f};
 
     __device__ __forceinline__ RowScale move_max(const float (&to)[2]) {
         RowScale scale;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            scale.factor[i] = mk::ptx::exp2_approx(finite(max[i]) - finite(to[i]));
-            if (max[i] == -INFINITY) scale.factor[i] = 1.f;  // nothing summed yet
+            scale.factor[i] = mk::ptx::exp2_approx(max[i] - to[i]);
+            if (max[i] == kNoMax) scale.factor[i] = 1.f;  // nothing summed yet
             max[i] = to[i];
             sum[i] *= scale.factor[i];
         }
@@ -92,7 +95,7 @@ struct RowState {
         float added[2];
         weigh(s, p, scale_log2, added);
         bool exceeded = false;
-        for (int i = 0; i < 2; ++i) exceeded |= added[i] > kMost || max[i] == -INFINITY;
+        for (int i = 0; i < 2; ++i) exceeded |= added[i] > kMost;
         if (__any_sync(~0u, exceeded)) {
             float to[2];
             max_with(s, scale_log2, to);
@@ -124,15 +127,14 @@ struct RowState {
                                           PFragment<Element>& p,
                                           float scale_log2,
                                           float (&added)[2]) const {
-        const float shift[2] = {finite(max[0]), finite(max[1])};
         added[0] = added[1] = 0.f;
 #pragma unroll
         for (int tile = 0; tile < Scores::width; ++tile) {
 #pragma unroll
             for (int part = 0; part < 4; ++part) {
                 const float2 pair = s.tiles[0][tile].data[part];
-                const float2 e = {mk::ptx::exp2_approx(fmaf(pair.x, scale_log2, -shift[part % 2])),
-                                  mk::ptx::exp2_approx(fmaf(pair.y, scale_log2, -shift[part % 2]))};
+                const float2 e = {mk::ptx::exp2_approx(fmaf(pair.x, scale_log2, -max[part % 2])),
+                                  mk::ptx::exp2_approx(fmaf(pair.y, scale_log2, -max[part % 2]))};
                 added[part % 2] += e.x + e.y;
                 *reinterpret_cast<uint32_t*>(&p.tiles[0][tile].data[part]) =
                     round_pair(e, Element{});
@@ -151,7 +153,7 @@ struct RowState {
         RowScale inverse;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float total = sum[i] + mk::ptx::exp2_approx(sink_log2[i] - finite(max[i]));
+            const float total = sum[i] + mk::ptx::exp2_approx(sink_log2[i] - max[i]);
             inverse.factor[i] = sum[i] > 0.f ? 1.f / total : 0.f;
         }
         return inverse;

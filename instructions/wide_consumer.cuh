@@ -51,12 +51,19 @@ class WideConsumer {
     };
     static_assert(sizeof(Scratch) <= Config::kScratchBytes);
 
-    // Who looks after a half tile's page when it has been read.
-    struct Emptied {
+    // The place of a half tile, which is that of every other tile's: of a tile's columns the
+    // warpgroup's half, or the other one.
+    struct Half {
+        const uint32_t page;
+        const int full;  // semaphore
+        // On which to arrive when it has been read.
         const uint32_t later_tile, next_instruction;
-        __device__ Emptied(const State& state, int tile, int half)
-            : later_tile(uniform(Pages::empty(state, Pages::half_tile(tile, half)))),
-              next_instruction(uniform(Pages::free(state, Pages::half_tile(tile, half)))) {}
+
+        __device__ Half(const State& state, int half_tile)
+            : page(uniform(mk::ptx::smem_address(state.page(Pages::page(half_tile))))),
+              full(Pages::full(half_tile)),
+              later_tile(uniform(Pages::empty(state, half_tile))),
+              next_instruction(uniform(Pages::free(state, half_tile))) {}
     };
 
     const MlaGlobals& g;
@@ -65,11 +72,9 @@ class WideConsumer {
     const int row = fragment_row();  // of this thread, and the one eight below
     const int num_tiles;
     const int num_tiles_kept;
-    const int plain_tiles;  // leading tiles that every row sees in full
-    // A warpgroup's tiles all come to the same pages: of its own tiles its half of the columns and
-    // the other half, of the other's tiles its half.
-    const uint32_t own_page, other_half_page, others_page;
-    const Emptied own, others;
+    const int plain_tiles;       // leading tiles that every row sees in full
+    const Half own, other_half;  // of its own tiles
+    const Half others;           // of the other warpgroup's its half
     Accumulator o;
     RowState rows;
 
@@ -79,11 +84,9 @@ class WideConsumer {
           num_tiles(PartialWork::num_tiles_of(state.words())),
           num_tiles_kept(PartialWork::num_tiles_kept(state.words())),
           plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
-          own_page(half_page(group, group)),
-          other_half_page(half_page(group, 1 - group)),
-          others_page(half_page(1 - group, group)),
-          own(state, group, group),
-          others(state, 1 - group, group) {
+          own(state, Pages::half_tile(group, group)),
+          other_half(state, Pages::half_tile(group, 1 - group)),
+          others(state, Pages::half_tile(1 - group, group)) {
         note_visible();
         kittens::zero(o);
         state.wait(Pages::kQFull, 0);
@@ -93,9 +96,6 @@ class WideConsumer {
     __device__ Scratch& scratch() const { return *reinterpret_cast<Scratch*>(state.scratch()); }
     __device__ uint32_t page(int logical) const {
         return mk::ptx::smem_address(state.page(logical));
-    }
-    __device__ uint32_t half_page(int tile, int half) const {
-        return uniform(page(Pages::page(Pages::half_tile(tile, half))));
     }
 
     // Each warp for its own rows.
@@ -113,22 +113,24 @@ class WideConsumer {
         int tile = group;
         for (; tile < num_tiles; tile += kGroups) {
             Scores s;
-            const int own_half = Pages::half_tile(tile, group), other_half = own_half ^ 1;
-            Pages::wait_half(g, state, own_half);
-            multiply_scores<Element, true>(s, q_own, HalfK(own_page));
+            const uint32_t phase = Pages::full_phase(2 * tile);
+            state.wait(own.full, phase);
+            Pages::see_half(g);
+            multiply_scores<Element, true>(s, q_own, HalfK(own.page));
             kittens::warpgroup::mma_commit_group();
             bool holds_others = tile > 0;
             if (holds_others) {
                 add_others<false>();
                 // Where memory is slow, what is read does not wait for what is still to come.
-                if (!Pages::is_there(state, other_half)) {
+                if (!state.is_over(other_half.full, phase)) {
                     kittens::warpgroup::mma_async_wait();
                     let_go(others, tile - 1);
                     holds_others = false;
                 }
             }
-            Pages::wait_half(g, state, other_half);
-            multiply_scores<Element, false>(s, q_other, HalfK(other_half_page));
+            state.wait(other_half.full, phase);
+            Pages::see_half(g);
+            multiply_scores<Element, false>(s, q_other, HalfK(other_half.page));
             kittens::warpgroup::mma_commit_group();
             if (holds_others) {
                 kittens::warpgroup::mma_async_wait<1>();
@@ -158,13 +160,13 @@ class WideConsumer {
     __device__ void add_others() {
         barrier_sync(p_ready(1 - group), kConsumerThreads);
         Pages::see_half(g);
-        if (kLast) clear_past_end();
+        if (kLast) clear_past_end(others);
         const Scratch& shared = scratch();
         const float max[2] = {shared.max[row], shared.max[row + 8]};
         if (__any_sync(~0u, max[0] != rows.max[0] || max[1] != rows.max[1])) {
             rows.move_max(max).apply(o);
         }
-        accumulate<Element>(o, POperand(mk::ptx::smem_address(&shared.p)), VOperand(others_page));
+        accumulate<Element>(o, POperand(mk::ptx::smem_address(&shared.p)), VOperand(others.page));
     }
 
     // P is written where the other's was: the products with that came before the scores.
@@ -175,13 +177,13 @@ class WideConsumer {
             const int first = is_last ? tail.first : 0, begin = tile * kKvTile - first;
             const auto& visible = scratch().visible[group];
             hide_outside(s, first, {visible[row] - begin, visible[row + 8] - begin});
-            if (is_last) clear_past_end();
+            if (is_last) clear_past_end(own);
         }
         PFragment<Element> p;
         rows.template absorb<Element>(s, p, o, g.scale_log2);
         // The other warpgroup is told when these stores have landed: until then, one more product.
         put_p(p);
-        accumulate<Element>(o, p, VOperand(own_page));
+        accumulate<Element>(o, p, VOperand(own.page));
         mk::ptx::fence_proxy_async_smem();
         barrier_arrive(p_ready(group), kConsumerThreads);
         if (tile + 1 == num_tiles) publish_sums();
@@ -210,17 +212,17 @@ class WideConsumer {
     }
 
     // Of this warpgroup's half of a tile.
-    __device__ void let_go(const Emptied& emptied, int tile) const {
+    __device__ void let_go(const Half& half, int tile) const {
         const bool comes_again = tile + Pages::kRing / 2 < num_tiles_kept;
         if (!is_first_lane()) return;
-        mk::ptx::mbar_arrive(comes_again ? emptied.later_tile : emptied.next_instruction);
+        mk::ptx::mbar_arrive(comes_again ? half.later_tile : half.next_instruction);
     }
 
     // V rows of the last tile past the end meet P = 0, but NaN * 0 is NaN: they become 0.
-    __device__ void clear_past_end() const {
+    __device__ void clear_past_end(const Half& last) const {
         const typename Pages::Tail tail(PartialWork::num_positions(state.words()));
         if (tail.past_end == kKvTile) return;
-        clear_rows(half_page(num_tiles - 1, group), tail.past_end);
+        clear_rows(last.page, tail.past_end);
         mk::ptx::fence_proxy_async_smem();
         mk::ptx::named_barrier_sync(warpgroup_barrier(group), kWarpgroupThreads);
     }
@@ -277,7 +279,7 @@ class WideConsumer {
         }
         rows.move_max(to).apply(o);
         for (int i = 0; i < 2; ++i) {
-            weight[i] = mk::ptx::exp2_approx(lse_log2[i] - RowState::finite(to[i]));
+            weight[i] = mk::ptx::exp2_approx(lse_log2[i] - to[i]);
             rows.sum[i] += weight[i];
         }
 #pragma unroll

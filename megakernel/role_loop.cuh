@@ -32,10 +32,8 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         ControlBlock<Config>& control = state.control();
         const uint32_t parity = (state.index() / Config::kInstructionRing) & 1;
         // Nothing of a slot that never came may be read: the failed CTA stops here.
-        if (!state.wait_local(
-                ptx::smem_address(&control.decoded[slot]), parity, WaitKind::kInstruction, slot)) {
-            break;
-        }
+        const uint32_t decoded = ptx::smem_address(&control.decoded[slot]);
+        if (!state.template wait_local<false>(decoded, parity)) break;
         // The end of the queue is no opcode, nor is what the controller refuses.
         const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
             if (state.index() == 0) ptx::wait_for_earlier_kernels();

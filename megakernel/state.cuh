@@ -34,7 +34,7 @@ class State {
     // every page of every instruction, in queue order, and nobody else does. A role that needs to
     // know is told through a semaphore.
     __device__ bool wait_page(int logical) const {
-        return wait_local(page_free(logical), (index_ + 1) & 1, WaitKind::kPage, logical);
+        return wait_local(page_free(logical), (index_ + 1) & 1);
     }
 
     // Hands a page to the next instruction. Every page of every instruction must be released by
@@ -77,7 +77,7 @@ class State {
 
     // False: the launch has failed, and what was waited for may never be true.
     __device__ bool wait(int index, uint32_t phase) const {
-        return wait_local(semaphore(index), phase & 1, WaitKind::kSemaphore, index);
+        return wait_local(semaphore(index), phase & 1);
     }
 
     // Whether a wait would end at once.
@@ -93,9 +93,7 @@ class State {
         return ptx::smem_address(&control().cluster_barriers[index]);
     }
     // Then what others sent here can be read.
-    __device__ bool wait_cluster(int index) const {
-        return wait_local(cluster_barrier(index), 0, WaitKind::kCluster, index);
-    }
+    __device__ bool wait_cluster(int index) const { return wait_local(cluster_barrier(index), 0); }
 
     // ---- other CTAs -----------------------------------------------------------------
 
@@ -159,14 +157,12 @@ class State {
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
     __device__ const Watchdog<Config>& watchdog() const { return watchdog_; }
 
-    // A role's wait for another one of its CTA.
-    __device__ __forceinline__ bool wait_local(uint32_t mbar,
-                                               uint32_t parity,
-                                               WaitKind kind,
-                                               int index) const {
+    // A role's wait for another one of its CTA. Who waits for an instruction hangs in none, and
+    // another warp of the role may: that is not noted.
+    template <bool kNoted = true>
+    __device__ __forceinline__ bool wait_local(uint32_t mbar, uint32_t parity) const {
         while (!ptx::mbar_try_wait(mbar, parity)) {
-            // Who waits for an instruction hangs in none, and another warp of the role may.
-            if (kind != WaitKind::kInstruction) watchdog_.note(slot(), kind, index, parity);
+            if (kNoted) watchdog_.note(slot(), mbar, parity);
             if (watchdog_.failed()) [[unlikely]]
                 return false;
         }

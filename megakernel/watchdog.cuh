@@ -28,13 +28,11 @@ class Watchdog {
         return *static_cast<volatile int32_t*>(&control().failure.raised) != 0;
     }
 
-    // Of a role, in every turn of a spin.
-    __device__ __forceinline__ void note(int slot,
-                                         WaitKind kind,
-                                         int index,
-                                         uint32_t parity) const {
+    // Of a role, in every turn of a spin: on which mbarrier. That is in many places: what it means
+    // is left to blame().
+    __device__ __forceinline__ void note(int slot, uint32_t mbar, uint32_t parity) const {
         control().wait_of_role[static_cast<int>(role_)] =
-            static_cast<int>(kind) << 24 | slot << 20 | static_cast<int>(parity) << 16 | index;
+            static_cast<int32_t>(mbar + (slot << kNoteSlot | parity));
     }
     __device__ __forceinline__ void clear_note() const {
         control().wait_of_role[static_cast<int>(role_)] = 0;
@@ -79,19 +77,20 @@ class Watchdog {
     // sees a failure walks on and clears its own.
     __device__ void blame(const GivenUp& why) const {
         Role role = Role::kController;
+        int32_t note = 0;
+        for (const Role other : {Role::kStorer, Role::kConsumer, Role::kLauncher, Role::kLoader}) {
+            const int32_t others = control().wait_of_role[static_cast<int>(other)];
+            if (others == 0 || why.kind == WaitKind::kBadOpcode) continue;
+            role = other;
+            note = others;
+        }
         GivenUp what = why;
         int index = why.slot;
-        for (const Role other : {Role::kStorer, Role::kConsumer, Role::kLauncher, Role::kLoader}) {
-            const int32_t note = control().wait_of_role[static_cast<int>(other)];
-            if (note >> 24 == 0 || why.kind == WaitKind::kBadOpcode) continue;
-            const int expected = note >> 16 & 1;
-            what = {why.cause,
-                    static_cast<WaitKind>(note >> 24),
-                    note >> 20 & 0xf,
-                    expected,
-                    expected ^ 1};
-            role = other;
-            index = note & 0xffff;
+        if (note != 0) {
+            const int slot = note >> kNoteSlot & 0xf, expected = note & 1;
+            const Awaited awaited = awaited_on(note - expected, slot);
+            what = {why.cause, awaited.kind, slot, expected, expected ^ 1};
+            index = awaited.index;
         }
         raise(role, what.slot, what.kind, index, what.expected, what.seen, what.cause);
     }
@@ -112,6 +111,35 @@ class Watchdog {
 
   private:
     __device__ static ControlBlock<Config>& control() { return control_block<Config>(); }
+
+    static constexpr int kNoteSlot = 20;  // bits above an address within the CTA
+
+    struct Awaited {
+        WaitKind kind;
+        int index;
+    };
+    // What an mbarrier stands for, by its place in the control block.
+    __device__ static Awaited awaited_on(uint32_t mbar, int slot) {
+        const auto place_in = [&](const uint64_t* first) {
+            constexpr uint32_t kAddress = (1 << kNoteSlot) - 1;
+            const uint32_t begin = ptx::smem_address(first) & kAddress;
+            return static_cast<int>((mbar & kAddress) - begin) / static_cast<int>(sizeof(*first));
+        };
+        using Block = ControlBlock<Config>;
+        static_assert(offsetof(Block, semaphores) < offsetof(Block, page_free) &&
+                      offsetof(Block, page_free) < offsetof(Block, cluster_barriers));
+        const Block& block = control();
+        const int cluster_barrier = place_in(block.cluster_barriers);
+        if (cluster_barrier >= 0) return {WaitKind::kCluster, cluster_barrier};
+        const int physical_page = place_in(block.page_free);
+        if (physical_page < 0) return {WaitKind::kSemaphore, place_in(block.semaphores[slot])};
+        int page = 0;
+        while (page + 1 < Config::kNumSmemPages &&
+               block.physical_page[slot][page] != physical_page) {
+            ++page;
+        }
+        return {WaitKind::kPage, page};
+    }
 
     // Below this much waiting nobody looks at global memory.
     static constexpr uint32_t kQuietUnits = 1000;

@@ -564,6 +564,17 @@ def test_strided_caches_give_the_same_bits() -> None:
         assert same_bits(lse, expected[1])
 
 
+@pytest.mark.parametrize("block_size", (5, 16, 64, 128))
+@pytest.mark.parametrize("num_heads, new_tokens", [(16, 1), (16, 4), (128, 1)])
+def test_a_request_may_end_anywhere_in_a_tile(
+    num_heads: int, new_tokens: int, block_size: int
+) -> None:
+    """One to three tiles, and all that the cache holds past the end is NaN."""
+    lengths = [max(length, new_tokens) for length in range(1, 2 * KV_TILE + 2)]
+    case = make_case(lengths, num_heads, new_tokens, block_size, device="cuda")
+    assert compare(*decode(case), *attention(case)).passed
+
+
 def test_wild_block_ids_and_nan_past_a_request_do_not_matter() -> None:
     trapped = make_case([700, 1, 64, 65], 16, 4, device="cuda")
     clean = make_case([700, 1, 64, 65], 16, 4, device="cuda", poison=False)
