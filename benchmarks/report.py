@@ -61,7 +61,7 @@ def markdown(rows: Sequence[Row], title: str, pictures: Sequence[str] = ()) -> s
     """A table with a line per shape and a column per implementation, then the pictures."""
     floor = rows[0].floor
     impls = list(dict.fromkeys(row.impl for row in rows))
-    shapes = list({row.shape.name: row.shape for row in rows}.values())
+    shapes = _shapes_of(rows)
     cells = {(row.shape.name, row.impl): _cell(row) for row in rows}
     lines = [
         f"# {title}",
@@ -94,24 +94,51 @@ def _cell(row: Row) -> str:
 
 def write_pictures(folder: Path, rows: Sequence[Row]) -> list[str]:
     """Draw what there is to draw; return the names of the files."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shapes = list({row.shape.name: row.shape for row in rows}.values())
+    shapes = _shapes_of(rows)
     sizes = {
-        "multiples": (9.0, 1.6 + 0.42 * len(shapes)),
+        "multiples": _multiples_size(shapes),
         "roofline": (8.0, 5.0),
         "latency": (13.0, 4.4),
     }
     draw = {"multiples": _draw_multiples, "roofline": _draw_roofline, "latency": _draw_latency}
     names = []
     for name, size in sizes.items():
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = _new_figure(size)
         draw[name](figure, rows, shapes)
         figure.savefig(folder / f"{name}.png", dpi=120)
         names.append(f"{name}.png")
     return names
+
+
+def write_multiples(path: Path, rows: Sequence[Row], title: str, description: str) -> None:
+    """Draw the picture of the multiples alone, as an SVG that says of itself what it shows."""
+    import matplotlib
+
+    shapes = _shapes_of(rows)
+    figure = _new_figure(_multiples_size(shapes))
+    _draw_multiples(figure, rows, shapes)
+    figure.suptitle(title, fontsize=10)
+    metadata = {"Title": title, "Description": description, "Date": None}
+    # The same file every time, with its text as text.
+    with matplotlib.rc_context({"svg.hashsalt": "multiples", "svg.fonttype": "none"}):
+        figure.savefig(path, facecolor="white", metadata=metadata)
+
+
+def _new_figure(size: tuple[float, float]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _multiples_size(shapes: Sequence[Shape]) -> tuple[float, float]:
+    return 9.0, 1.6 + 0.42 * len(shapes)
+
+
+def _shapes_of(rows: Sequence[Row]) -> list[Shape]:
+    return list({row.shape.name: row.shape for row in rows}.values())
 
 
 def _style(impl: str) -> tuple[str, str]:

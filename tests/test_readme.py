@@ -42,6 +42,20 @@ def test_readme_shows_the_newest_results() -> None:
     assert readme == readme_table.rewritten(readme, table), "run tools/readme_table.py"
 
 
+def test_readmes_picture_shows_the_newest_results() -> None:
+    assert "docs/figures/measured.svg" in readme_table.README.read_text(encoding="utf-8")
+    assert readme_table.is_current(readme_table.newest()), "run tools/readme_table.py"
+
+
+def test_a_picture_of_other_results_is_stale(tmp_path: Path) -> None:
+    path = tmp_path / "measured.svg"
+    assert not readme_table.is_current(RECORD, path)
+    readme_table.write_picture(RECORD, path)
+    assert readme_table.is_current(RECORD, path)
+    slower = [row | {"us": row["us"] * 1.1} for row in RECORD["benchmark"]]
+    assert not readme_table.is_current(RECORD | {"benchmark": slower}, path)
+
+
 def test_the_table_has_a_line_per_shape_with_its_own_unit() -> None:
     lines = readme_table.table(RECORD).splitlines()
     assert lines[-2:] == [

@@ -1,8 +1,9 @@
-"""Writes the measured table of README.md from the newest file of benchmarks/results.
+"""Writes the measured table of README.md, and its picture, from the newest file of results.
 
 python tools/readme_table.py [--check]
 
-The table stands between the markers ``<!-- results -->`` and ``<!-- /results -->``.
+The table stands between the markers ``<!-- results -->`` and ``<!-- /results -->``; the picture is
+docs/figures/measured.svg.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.measure import Row  # noqa: E402
+from benchmarks.report import write_multiples  # noqa: E402
 from benchmarks.shapes import ASSUMED, SHAPES, Floor  # noqa: E402
 from tools.results import FOLDER, result_files  # noqa: E402
 
 README = ROOT / "README.md"
+PICTURE = ROOT / "docs" / "figures" / "measured.svg"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 OURS = "mla_decode"
 PEERS = {"flash_mla": "FlashMLA", "flashinfer_fa3": "FlashInfer"}
@@ -59,6 +63,30 @@ def rate(row: dict[str, Any], floor: Floor) -> str:
     return f"{row['tflops']:.0f} TFLOP/s"
 
 
+def origin(record: dict[str, Any]) -> str:
+    """Say where and of what the results were measured."""
+    return f"{record['device']}, {record['date']}, commit {record['commit'][:12]}"
+
+
+def multiples(record: dict[str, Any]) -> str:
+    """Return what the picture shows: how many times the floor each implementation takes."""
+    return "; ".join(
+        f"{row['shape']} {row['impl']} {row['us'] / row['floor_us']:.2f}"
+        for row in record["benchmark"]
+    )
+
+
+def write_picture(record: dict[str, Any], path: Path = PICTURE) -> None:
+    """Draw the multiples of the floor."""
+    floor = floor_of(record)
+    rows = [
+        Row(SHAPES[row["shape"]], row["impl"], row["us"], floor=floor)
+        for row in record["benchmark"]
+        if row["shape"] in SHAPES
+    ]
+    write_multiples(path, rows, origin(record), multiples(record))
+
+
 def table(record: dict[str, Any] | None) -> str:
     """Return what stands between the markers."""
     if record is None:
@@ -68,9 +96,8 @@ def table(record: dict[str, Any] | None) -> str:
         by_impl.setdefault(row["impl"], {})[row["shape"]] = row
     header = ["shape", "us", "rate", "x floor", *(f"{name}, us" for name in PEERS.values())]
     lines = [
-        f"{record['device']}, {record['date']}, commit {record['commit'][:12]}, "
-        f"torch {record['torch']}, CUDA {record['cuda']}. In brackets: how many times as long as "
-        f"ours. {floor_sentence(record)}",
+        f"{origin(record)}, torch {record['torch']}, CUDA {record['cuda']}. In brackets: how many "
+        f"times as long as ours. {floor_sentence(record)}",
         "",
         f"| {' | '.join(header)} |",
         f"|---|{'---:|' * (len(header) - 1)}",
@@ -83,6 +110,14 @@ def table(record: dict[str, Any] | None) -> str:
             cells.append(f"{peer['us']:.1f} ({peer['us'] / row['us']:.2f})" if peer else "–")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def is_current(record: dict[str, Any] | None, path: Path = PICTURE) -> bool:
+    """Whether the picture says of itself that it shows this record."""
+    if record is None:
+        return True
+    picture = path.read_text(encoding="utf-8") if path.exists() else ""
+    return origin(record) in picture and multiples(record) in picture
 
 
 def rewritten(readme: str, text: str) -> str:
@@ -102,11 +137,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, fail if it differs")
     arguments = parser.parse_args(argv)
     readme = README.read_text(encoding="utf-8")
-    wanted = rewritten(readme, table(newest()))
+    record = newest()
+    wanted = rewritten(readme, table(record))
     if arguments.check:
-        print("README's table is " + ("current" if wanted == readme else "stale"))
-        return 0 if wanted == readme else 1
+        current = wanted == readme and is_current(record)
+        print("README's table and picture are " + ("current" if current else "stale"))
+        return 0 if current else 1
     README.write_text(wanted, encoding="utf-8")
+    if record is not None:
+        write_picture(record)
     return 0
 
 
