@@ -21,7 +21,7 @@ namespace mla {
 enum ClusterBarrier {
     kInboxesOpen,  // of all mates
     kLsesHere,     // of all are in the inbox
-    kColumnsHere,  // of the others
+    kColumnsHere,  // of the others; and the LSE of all
     kMatesStored,  // for the first of them
     kNumClusterBarriers,
 };
@@ -64,8 +64,8 @@ class ClusterMerge {
 
     // What a mate says of a row as a whole.
     struct RowNote {
-        float weight;  // at first the row's LSE
-        float scale;   // of its columns, if they are halves
+        float lse_log2;
+        float scale;  // of its columns, if they are halves
     };
 
   public:
@@ -80,10 +80,11 @@ class ClusterMerge {
         const uint32_t open = state.cluster_barrier(kInboxesOpen);
         if (lane == work.mate) {
             const uint32_t note_bytes = work.num_mates * row_bytes(sizeof(float));
-            expect(kLsesHere, note_bytes);
+            expect(kLsesHere, note_bytes, mk::kMaxClusterCtas);
             expect(kColumnsHere,
                    (work.num_mates - 1) * row_bytes(kChunkBytes << chunks_log2()) +
-                       (kSendsHalves ? note_bytes : 0));
+                       (kSendsHalves ? note_bytes : 0),
+                   mk::kMaxClusterCtas - 1);
             mk::ptx::mbar_arrive(open, mk::kMaxClusterCtas - work.num_mates + 1);
         } else if (lane < work.num_mates) {
             mk::ptx::mbar_arrive_at(at_mate(open, lane));
@@ -94,7 +95,7 @@ class ClusterMerge {
 
     // A row's LSE, to one of all mates.
     __device__ void send_lse(int row, int mate, float lse_log2) const {
-        send(note_offset(work.mate, row) + offsetof(RowNote, weight), mate, lse_log2, kLsesHere);
+        send(note_offset(work.mate, row) + offsetof(RowNote, lse_log2), mate, lse_log2, kLsesHere);
     }
     // What a row's columns in one half are to be multiplied with, to one of half_mates().
     __device__ void send_scale(int row, int mate, float scale) const {
@@ -124,7 +125,6 @@ class ClusterMerge {
 
     // By all consumers.
     __device__ void merge() const {
-        weigh();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         state.wait_cluster(kColumnsHere);
         if (work.num_mates == 2) {
@@ -134,6 +134,30 @@ class ClusterMerge {
         } else {
             add_up<8>();
         }
+    }
+
+    // By the launcher, while columns are on their way: the LSE of all mates, a row a lane.
+    __device__ void add_lses() const {
+        state.wait_cluster(kLsesHere);
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+#pragma unroll 1
+        for (int row = lane; row < work.num_rows; row += mk::kWarpThreads) {
+            float lse_log2[mk::kMaxClusterCtas], top = RowState::kNoMax;
+#pragma unroll
+            for (int mate = 0; mate < mk::kMaxClusterCtas; ++mate) {
+                lse_log2[mate] = mate < work.num_mates ? note(mate, row).lse_log2 : -INFINITY;
+                top = fmaxf(top, lse_log2[mate]);
+            }
+            float total = 0.f;
+#pragma unroll
+            for (const float own : lse_log2) total += mk::ptx::exp2_approx(own - top);
+            const bool seen = total > 0.f;  // did any mate see a key
+            if (work.mate == 0) work.store_lse(g, row, seen ? top + __log2f(total) : -INFINITY);
+            total += mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
+            merged_lse_log2(row) = seen ? top + __log2f(total) : INFINITY;
+        }
+        __syncwarp();
+        if (lane == 0) mk::ptx::mbar_arrive(state.cluster_barrier(kColumnsHere));
     }
 
     // By the storer, when this CTA's share has been written. True for the one that speaks for all
@@ -160,7 +184,7 @@ class ClusterMerge {
     static constexpr int kInboxPages = kSendsHalves ? Pages::kQPages : Pages::kRing;
     static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(Sent);
     static constexpr uint32_t kRowBytes = kLatentDim * sizeof(Sent);
-    static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(RowNote)) <=
+    static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(RowNote) + sizeof(float)) <=
                       kInboxPages * Config::kSmemPageBytes,
                   "the inbox holds this CTA's share of all mates' columns");
 
@@ -184,46 +208,20 @@ class ClusterMerge {
         mk::ptx::send_float(
             at_mate(inbox() + offset, mate), value, at_mate(state.cluster_barrier(here), mate));
     }
-    __device__ void expect(ClusterBarrier barrier, uint32_t bytes) const {
+    __device__ void expect(ClusterBarrier barrier, uint32_t bytes, int arrivals) const {
         const uint32_t mbar = state.cluster_barrier(barrier);
-        mk::ptx::mbar_arrive(mbar, mk::kMaxClusterCtas - 1);
+        mk::ptx::mbar_arrive(mbar, arrivals - 1);
         mk::ptx::mbar_arrive_expect_tx(mbar, bytes);
     }
 
-    // LSEs become weights, each by a thread of its own, while columns are on their way.
-    __device__ void weigh() const {
-        state.wait_cluster(kLsesHere);
-        constexpr int kMost = mk::kMaxClusterCtas;
-        const int mate = mk::ptx::thread_in_cta() % kMost;
-        const bool exists = mate < work.num_mates;
-#pragma unroll 1
-        for (int first = 0; first < work.num_rows; first += kConsumerThreads / kMost) {
-            const int row = first + mk::ptx::thread_in_cta() / kMost;
-            const bool wanted = exists && row < work.num_rows;
-            const float lse_log2 = wanted ? note(mate, row).weight : -INFINITY;
-            const float top = over_mates(
-                lse_log2, [](float x, float y) { return fmaxf(fmaxf(x, y), RowState::kNoMax); });
-            const float own = mk::ptx::exp2_approx(lse_log2 - top);
-            const float total = over_mates(own, [](float x, float y) { return x + y; });
-            if (!wanted) continue;
-            const bool seen = total > 0.f;  // did any mate see a key
-            if (mate == 0 && work.mate == 0) {
-                work.store_lse(g, row, seen ? top + __log2f(total) : -INFINITY);
-            }
-            const float sink = mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
-            note(mate, row).weight = seen ? own * mk::ptx::reciprocal_approx(total + sink) : 0.f;
-        }
-    }
-    template <class Combine>
-    __device__ static float over_mates(float x, Combine combine) {
-#pragma unroll
-        for (int step = 1; step < mk::kMaxClusterCtas; step *= 2) {
-            x = combine(x, __shfl_xor_sync(~0u, x, step));
-        }
-        return x;
-    }
     __device__ RowNote& note(int mate, int row) const {
         return *reinterpret_cast<RowNote*>(state.page(kInboxPage) + note_offset(mate, row));
+    }
+
+    // Of all mates, sinks included; infinite where no mate has seen a key.
+    __device__ float& merged_lse_log2(int row) const {
+        return *reinterpret_cast<float*>(state.page(kInboxPage) + note_offset(work.num_mates, 0) +
+                                         row * sizeof(float));
     }
 
     // The number of mates is known to the compiler: this is executed for every row, and waits for
@@ -239,11 +237,13 @@ class ClusterMerge {
 #pragma unroll 1
         for (int row = team; row < work.num_rows; row += kTeams) {
             const uint32_t from = columns + row * (kOwnChunks * kChunkBytes);
+            const float merged = merged_lse_log2(row);
             float4 sum[kOwnChunks] = {};
 #pragma unroll
             for (int mate = 0; mate < kMates; ++mate) {
                 const RowNote of_row = note(mate, row);
-                const float weight = kSendsHalves ? of_row.weight * of_row.scale : of_row.weight;
+                float weight = mk::ptx::exp2_approx(of_row.lse_log2 - merged);
+                if (kSendsHalves) weight *= of_row.scale;
 #pragma unroll
                 for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
                     add(sum[chunk],

@@ -211,7 +211,7 @@ __device__ __forceinline__ uint32_t round_pair(float2 pair, kittens::half) {
 enum class NamedBarrier : int {
     kWarpgroupSynced = 1,  // + warpgroup: its 128 threads
     kConsumersSynced = 3,
-    // Of a wide partial: P of an even tile, or of an odd one, and its maxima are in scratch.
+    // P of an even tile, or of an odd one, and its maxima are in scratch.
     kEvenPReady = 4,
     kOddPReady = 5,
 };

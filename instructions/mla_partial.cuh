@@ -88,6 +88,10 @@ struct MlaPartial {
                     load_tiles(g, state, work, kv, mk::Role::kLauncher);
                 }
             }
+            if (state.word(PartialWords::kNumMates) > 1) {
+                const PartialWork work(g, state.words());
+                ClusterMerge<Config>(g, state, work).add_lses();
+            }
             const int adopted = state.word(PartialWords::kAdopted) - 1;
             if (adopted < 0 || threadIdx.x % mk::kWarpThreads != 0) return;
             state.wait_done_flag(&g.done_flags[adopted], adopted);

@@ -31,71 +31,68 @@ __device__ __forceinline__ auto& element(Fragment& f, int r, int lower) {
     return r % 2 == 0 ? pair.x : pair.y;
 }
 
-// The latent columns of the output, as blocks of 64 in the order in which a warpgroup takes them:
-// first the half that it will write.
+// Half the latent columns of the output, as blocks of 64.
 struct NarrowOutput {
-    NarrowBlock block[kLatentBlocks];
+    NarrowBlock block[kHalfBlocks];
 };
 
-// Q in shared memory: swizzle blocks of `box_rows` rows one behind the other, the rope's last.
-class NarrowQ {
+// Half the width of Q, in shared memory: swizzle blocks of `box_rows` rows one behind the other,
+// the rope's last.
+class NarrowHalfQ {
   public:
-    __device__ NarrowQ(uint32_t address, int box_rows)
-        : low_((__shfl_sync(~0u, address, 0) & kCtaAddress) >> 4 | 1 << 16),
-          block_(__shfl_sync(~0u, box_rows, 0) * kBlockRowBytes >> 4) {}
+    __device__ NarrowHalfQ(uint32_t address, int box_rows, int half)
+        : block_(uniform(box_rows * kBlockRowBytes >> 4)),
+          low_(uniform((address & kCtaAddress) >> 4 | 1 << 16) + half * kHalfBlocks * block_),
+          rope_(uniform((address & kCtaAddress) >> 4 | 1 << 16) + kLatentBlocks * block_ +
+                half * (kHalfRope * kElementBytes >> 4)) {}
 
-    // The 16-deep slice `step` of the 36 of the width.
-    __device__ uint64_t slice(int step) const {
-        constexpr uint32_t kHigh = 8 * kBlockRowBytes >> 4 | 1 << 30;
-        return static_cast<uint64_t>(kHigh) << 32 |
-               (low_ + step / kStepsPerBlock * block_ + step % kStepsPerBlock * 2);
+    // The 16-deep slice `step` of the latent columns, or of the rope's.
+    __device__ uint64_t latent(int step) const {
+        return descriptor(low_ + step / kStepsPerBlock * block_ + step % kStepsPerBlock * 2);
     }
+    __device__ uint64_t rope(int step) const { return descriptor(rope_ + step * 2); }
 
   private:
     static constexpr int kStepsPerBlock = kBlockCols / 16;
-    uint32_t low_, block_;
+    uint32_t block_, low_, rope_;
+
+    __device__ static uint64_t descriptor(uint32_t low) {
+        constexpr uint32_t kHigh = kGroupBytes >> 4 | 1 << 30;
+        return static_cast<uint64_t>(kHigh) << 32 | low;
+    }
 };
 
 // Issues s (+)= K Q^T over one half of the width; not yet committed.
 template <class Element, bool kFirst>
-__device__ __forceinline__ void multiply_scores(NarrowScores& s, const NarrowQ& q, uint32_t k) {
+__device__ __forceinline__ void multiply_scores(NarrowScores& s,
+                                                const NarrowHalfQ& q,
+                                                const HalfK& k) {
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 0, 0>;
-    constexpr int kHalf = kFirst ? kLeft : kRight;
-    constexpr int kLatentSteps = kHalfLatent / 16, kRopeSteps = kHalfRope / 16;
-    const KOperand k_latent(uniform(latent_address(k)));
-    const RopeOperand k_rope(uniform(rope_address(k)));
     begin_products(s);
 #pragma unroll
-    for (int step = 0; step < kLatentSteps; ++step) {
-        Mma::st_st(
-            s, k_latent.slice(step), q.slice(kHalf * kLatentSteps + step), !(kFirst && step == 0));
+    for (int step = 0; step < kHalfLatent / 16; ++step) {
+        Mma::st_st(s, k.latent.slice(step), q.latent(step), !(kFirst && step == 0));
     }
 #pragma unroll
-    for (int step = 0; step < kRopeSteps; ++step) {
-        Mma::st_st(s, k_rope.slice(step), q.slice(2 * kLatentSteps + kHalf * kRopeSteps + step), 1);
+    for (int step = 0; step < kHalfRope / 16; ++step) {
+        Mma::st_st(s, k.rope.slice(step), q.rope(step), 1);
     }
 }
 
-// Issues o += V^T P^T for the half of the blocks that a page holds; not yet committed.
-template <class Element, int kFirstBlock>
-__device__ __forceinline__ void accumulate(NarrowOutput& o,
-                                           const NarrowPTile<Element>& p,
-                                           uint32_t v) {
+// Issues o += V^T P^T for half the latent columns.
+template <class Element>
+__device__ __forceinline__ void accumulate(NarrowOutput& o, const POperand& p, const VOperand& v) {
     using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 1, 0>;
-    const POperand p_positions(uniform(mk::ptx::smem_address(&p)));
-    const VOperand v_positions(uniform(latent_address(v)));
 #pragma unroll
-    for (int block = 0; block < kHalfBlocks; ++block) begin_products(o.block[kFirstBlock + block]);
+    for (NarrowBlock& block : o.block) begin_products(block);
 #pragma unroll
     for (int block = 0; block < kHalfBlocks; ++block) {
 #pragma unroll
         for (int step = 0; step < kKvTile / 16; ++step) {
-            Mma::st_st(o.block[kFirstBlock + block],
-                       v_positions.slice(step, block),
-                       p_positions.slice(step),
-                       1);
+            Mma::st_st(o.block[block], v.slice(step, block), p.slice(step), 1);
         }
     }
+    kittens::warpgroup::mma_commit_group();
 }
 
 }  // namespace mla

@@ -19,23 +19,48 @@ struct NarrowRow {
     float of[kThreadRows];
 };
 
-// Over the lanes that hold the same rows.
-template <class Combine>
-__device__ __forceinline__ float across_positions(float x, Combine combine) {
-#pragma unroll
-    for (int step = 4; step < mk::kWarpThreads; step *= 2) {
-        x = combine(x, __shfl_xor_sync(~0u, x, step));
-    }
-    return x;
-}
-
-// Each warp writes one number per row.
-__device__ __forceinline__ void publish(float (&to)[kNarrowRows], const NarrowRow& row) {
-    if (mk::ptx::thread_in_cta() % mk::kWarpThreads >= 4) return;
+// What lies there for a thread's rows.
+__device__ __forceinline__ NarrowRow rows_of(const float (&from)[kNarrowRows]) {
+    NarrowRow row;
 #pragma unroll
     for (int r = 0; r < kThreadRows; r += 2) {
-        *reinterpret_cast<float2*>(&to[thread_row(r)]) = {row.of[r], row.of[r + 1]};
+        const auto pair = *reinterpret_cast<const float2*>(&from[thread_row(r)]);
+        row.of[r] = pair.x;
+        row.of[r + 1] = pair.y;
     }
+    return row;
+}
+
+__device__ __forceinline__ void multiply(NarrowOutput& o, const NarrowRow& factor) {
+#pragma unroll
+    for (NarrowBlock& block : o.block) {
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) {
+            element(block, r, 0) *= factor.of[r];
+            element(block, r, 1) *= factor.of[r];
+        }
+    }
+}
+
+// Combines what the lanes that hold the same rows have of them. One row is left to each lane:
+// row_of_lane(). At each step a lane keeps half of its rows and gives the others away.
+template <class Combine>
+__device__ __forceinline__ float across_positions(NarrowRow x, Combine combine) {
+    const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+#pragma unroll
+    for (int rows = kThreadRows / 2; rows > 0; rows /= 2) {
+        const bool keeps_upper = lane / 4 & rows;
+#pragma unroll
+        for (int r = 0; r < rows; ++r) {
+            const float given = keeps_upper ? x.of[r] : x.of[r + rows];
+            const float kept = keeps_upper ? x.of[r + rows] : x.of[r];
+            x.of[r] = combine(kept, __shfl_xor_sync(~0u, given, 4 * rows));
+        }
+    }
+    return x.of[0];
+}
+__device__ __forceinline__ int row_of_lane() {
+    return thread_row(mk::ptx::thread_in_cta() % mk::kWarpThreads / 4);
 }
 __device__ __forceinline__ int warp_in_warpgroup() {
     return mk::ptx::thread_in_cta() % kWarpgroupThreads / mk::kWarpThreads;
@@ -70,9 +95,19 @@ struct NarrowState {
     __device__ explicit NarrowState(int num_rows) {
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
-            max.of[r] = thread_row(r) < num_rows ? RowState::kNoMax : INFINITY;
+            max.of[r] = first_max(thread_row(r), num_rows);
             sum.of[r] = 0.f;
         }
+    }
+    __device__ static float first_max(int row, int num_rows) {
+        return row < num_rows ? RowState::kNoMax : INFINITY;
+    }
+
+    __device__ __forceinline__ bool differs(const NarrowRow& others) const {
+        bool differs = false;
+#pragma unroll
+        for (int r = 0; r < kThreadRows; ++r) differs |= max.of[r] != others.of[r];
+        return differs;
     }
 
     // Does a score exceed its row's maximum by so much that the maximum has to move? See RowState.
@@ -86,64 +121,51 @@ struct NarrowState {
         return exceeded;
     }
 
-    // Moves the maxima of all rows to what the warpgroup has seen.
+    // Moves the maxima of all rows to what the warpgroup has seen, and tells `maxima`.
     template <class Sync>
-    __device__ __forceinline__ void raise_max(
-        NarrowScores& s, NarrowOutput& o, float scale_log2, NarrowExchange& exchange, Sync sync) {
+    __device__ __forceinline__ void raise_max(NarrowScores& s,
+                                              NarrowOutput& o,
+                                              float scale_log2,
+                                              NarrowExchange& exchange,
+                                              float (&maxima)[kNarrowRows],
+                                              Sync sync) {
         NarrowRow top;
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
-            top.of[r] = across_positions(fmaxf(element(s, r, 0), element(s, r, 1)),
-                                         [](float x, float y) { return fmaxf(x, y); }) *
-                        scale_log2;
+            top.of[r] = fmaxf(element(s, r, 0), element(s, r, 1));
         }
-        publish(exchange.of_warp[warp_in_warpgroup()], top);
+        const auto larger = [](float x, float y) { return fmaxf(x, y); };
+        const int row = row_of_lane();
+        exchange.of_warp[warp_in_warpgroup()][row] = across_positions(top, larger) * scale_log2;
         sync();
+        float to = maxima[row];
+#pragma unroll
+        for (const auto& of_warp : exchange.of_warp) to = fmaxf(to, of_warp[row]);
+        maxima[row] = to;  // all four warps do
+        __syncwarp();
+        move_max(rows_of(maxima), o);
+    }
+
+    // Moves the maxima, and what has been summed up so far with them.
+    __device__ __forceinline__ void move_max(const NarrowRow& to, NarrowOutput& o) {
         NarrowRow factor;
         bool unchanged = true;
 #pragma unroll
-        for (int r = 0; r < kThreadRows; r += 2) {
-            float2 to = {max.of[r], max.of[r + 1]};
-#pragma unroll
-            for (int warp = 0; warp < 4; ++warp) {
-                const auto other =
-                    *reinterpret_cast<const float2*>(&exchange.of_warp[warp][thread_row(r)]);
-                to = {fmaxf(to.x, other.x), fmaxf(to.y, other.y)};
-            }
-            factor.of[r] = move_max(r, to.x);
-            factor.of[r + 1] = move_max(r + 1, to.y);
-            unchanged &= factor.of[r] == 1.f && factor.of[r + 1] == 1.f;
+        for (int r = 0; r < kThreadRows; ++r) {
+            // Nothing summed yet, or no row at all.
+            const bool keeps = max.of[r] == RowState::kNoMax || max.of[r] == to.of[r];
+            factor.of[r] = keeps ? 1.f : mk::ptx::exp2_approx(max.of[r] - to.of[r]);
+            max.of[r] = to.of[r];
+            sum.of[r] *= factor.of[r];
+            unchanged &= factor.of[r] == 1.f;
         }
-        if (__all_sync(~0u, unchanged)) return;
-#pragma unroll
-        for (int block = 0; block < kLatentBlocks; ++block) {
-#pragma unroll
-            for (int r = 0; r < kThreadRows; ++r) {
-                element(o.block[block], r, 0) *= factor.of[r];
-                element(o.block[block], r, 1) *= factor.of[r];
-            }
-        }
+        if (!__all_sync(~0u, unchanged)) multiply(o, factor);
     }
 
-    // Returns what has been summed so far is to be multiplied with.
-    __device__ __forceinline__ float move_max(int r, float to) {
-        // Nothing summed yet, or no row at all.
-        const bool keeps = max.of[r] == RowState::kNoMax || max.of[r] == to;
-        const float factor = keeps ? 1.f : mk::ptx::exp2_approx(max.of[r] - to);
-        max.of[r] = to;
-        sum.of[r] *= factor;
-        return factor;
-    }
-
-    // For both warpgroups: the sums of each warp, and the maxima.
-    __device__ __forceinline__ void publish_sums(NarrowExchange& sums,
-                                                 float (&maxima)[kNarrowRows]) {
-#pragma unroll
-        for (float& own : sum.of) {
-            own = across_positions(own, [](float x, float y) { return x + y; });
-        }
-        publish(sums.of_warp[warp_in_warpgroup()], sum);
-        if (warp_in_warpgroup() == 0) publish(maxima, max);
+    // For both warpgroups: the sums of each warp.
+    __device__ __forceinline__ void publish_sums(NarrowExchange& sums) const {
+        const auto added = [](float x, float y) { return x + y; };
+        sums.of_warp[warp_in_warpgroup()][row_of_lane()] = across_positions(sum, added);
     }
 
     // Turns scores into P and writes it, transposed.

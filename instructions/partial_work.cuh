@@ -91,42 +91,34 @@ struct TailRows {
 };
 
 // Q lies in the first pages. The others are a ring of half tiles of KV, in the order in which they
-// are asked for: tile 0 left, tile 0 right, tile 1 left, ..., in a wide kernel odd tiles right half
-// first. A narrow kernel's Q needs one page only, so its ring has one more.
+// are asked for: tile 0 left, tile 0 right, tile 1 right, tile 1 left, tile 2 left, ... A narrow
+// kernel's Q needs one page only, so its ring has one more.
 template <class Config>
 struct PartialPages {
     static_assert(kHalfTileBytes == Config::kSmemPageBytes);
     static constexpr int kQPages = Config::kNarrow ? 1 : 2;
     static constexpr int kRing = Config::kNumSmemPages - kQPages;
 
-    // That a half tile has come is told through as many barriers as there are places. A wait knows
-    // the parity of a phase only, so whoever waits on a barrier has to see each of its phases. In a
-    // narrow kernel warpgroups take tiles in turns, while five places hand each place from one to
-    // the other: there the barriers are rounded up to two tiles for each.
-    static constexpr int kFullBarriers = Config::kNarrow ? (kRing + 3) / 4 * 4 : kRing;
-
     enum Semaphore {
         kQFull = 0,
-        kKvFull,                             // see full()
-        kKvEmpty = kKvFull + kFullBarriers,  // + place
+        kKvFull,                     // + place; see full()
+        kKvEmpty = kKvFull + kRing,  // + place
         kOutputStored = kKvEmpty + kRing,
         kAdoptedHere,  // the result that joins this one's
         kNumSemaphores,
     };
 
     // Which half of its tile a half tile is, and the other way round.
-    __device__ static int half(int half_tile) {
-        return Config::kNarrow ? half_tile % 2 : (half_tile ^ half_tile / 2) % 2;
-    }
-    __device__ static int half_tile(int tile, int half) {
-        return 2 * tile + (Config::kNarrow ? half : (half ^ tile) % 2);
-    }
+    __device__ static int half(int half_tile) { return (half_tile ^ half_tile / 2) % 2; }
+    __device__ static int half_tile(int tile, int half) { return 2 * tile + (half ^ tile) % 2; }
 
     __device__ static int place(uint32_t half_tile) { return half_tile % kRing; }
     __device__ static int page(uint32_t half_tile) { return kQPages + place(half_tile); }
-    // Semaphore that says that a half tile is there, and its phase.
-    __device__ static int full(uint32_t half_tile) { return kKvFull + half_tile % kFullBarriers; }
-    __device__ static int full_phase(uint32_t half_tile) { return half_tile / kFullBarriers; }
+    // Semaphore that says that a half tile is there, and its phase. A wait knows the parity of a
+    // phase only. That will do: who waits has had P of all tiles but the one before, so what was in
+    // the place before has come; and what follows there comes when this has been read.
+    __device__ static int full(uint32_t half_tile) { return kKvFull + place(half_tile); }
+    __device__ static int full_phase(uint32_t half_tile) { return half_tile / kRing; }
 
     using Tail = TailRows<Config::kWholeTileBoxes>;
 

@@ -136,51 +136,27 @@ class Ring:
         return len(seen)
 
 
-class NarrowRing(Ring):
-    """Warpgroups take tiles in turns; ``readers`` are their next half tiles."""
-
-    def first_readers(self) -> tuple[int, ...]:
-        return tuple(2 * group for group in range(GROUPS))
-
-    def is_done(self, s: State) -> bool:
-        return min(s.readers) >= 2 * self.tiles
-
-    def reads(self, s: State) -> list[State]:
-        """A warpgroup goes through both halves of its tile, then lets go of both."""
-        after = []
-        for group, half in enumerate(s.readers):
-            if half >= 2 * self.tiles or not self.sees(s, half):
-                continue
-            is_last = half % 2 == 1
-            empty = s.empty
-            for each in (half - 1, half) if is_last else ():
-                empty = self.released(empty, each)
-            step = 2 * GROUPS - 1 if is_last else 1
-            after.append(replace(s, empty=empty, readers=bumped(s.readers, group, step)))
-        return after
-
-
 @dataclass(frozen=True)
-class WideRing(Ring):
+class SeeSaw(Ring):
     """Warpgroups take tiles in turns, but each accumulates its half of all of them.
 
-    ``readers`` are how many steps of their programs they have taken. ``early``: the other's half
-    tile is let go of before the second half of the own one is waited for.
+    ``readers`` are how many steps of their programs they have taken. ``turn`` is what one does for
+    a tile of its own: it reads both halves, adds its half of the tile before, which is the other's,
+    puts P down and gives it away. Of its own tile the first half is its half, of the other's the
+    second. P has ``p_places`` places.
     """
 
-    early: bool = True
+    turn: str = ""
+    p_places: int = 1
 
     def program(self, group: int) -> list[tuple[str, int]]:
-        """Half tiles by the order in which they are asked for: a tile's scorer reads the first."""
         steps: list[tuple[str, int]] = []
         for tile in range(group, self.tiles, GROUPS):
-            steps.append(("see", 2 * tile))
-            others = [("take", tile - 1), ("release", 2 * tile - 1)] if tile > 0 else []
-            second = ("see", 2 * tile + 1)
-            steps += [*others, second] if self.early else [*others[:1], second, *others[1:]]
-            steps += [("give", tile), ("release", 2 * tile)]
+            turn = [(kind, tile - kind.endswith("others")) for kind in self.turn.split()]
+            steps += [(kind, which) for kind, which in turn if which >= 0]
         if self.tiles % GROUPS != (group + 1) % GROUPS:
-            steps += [("take", self.tiles - 1), ("release", 2 * self.tiles - 1)]
+            last = self.tiles - 1
+            steps += [("take_others", last), ("added_others", last), ("release_others", last)]
         return steps
 
     def first_readers(self) -> tuple[int, ...]:
@@ -195,23 +171,46 @@ class WideRing(Ring):
             program = self.program(group)
             if taken == len(program):
                 continue
-            kind, what = program[taken]
+            kind, tile = program[taken]
+            others = self.program(1 - group)[: s.readers[1 - group]]
             step = replace(s, readers=bumped(s.readers, group))
-            if kind == "see" and not self.sees(s, what):
-                continue
-            if kind == "take":  # a tile that the other warpgroup has made P of
-                others = self.program(1 - group)[: s.readers[1 - group]]
-                if ("give", what) not in others:
+            if kind in ("see_first", "see_second"):
+                if not self.sees(s, 2 * tile + (kind == "see_second")):
                     continue
-            if kind == "release":
-                step = replace(step, empty=self.released(s.empty, what))
+            elif kind == "take_others":  # a tile that the other warpgroup has made P of
+                if ("give", tile) not in others:
+                    continue
+            elif kind == "put":
+                self.check_place_of_p(tile, program[:taken], others)
+            elif kind == "release":
+                step = replace(step, empty=self.released(s.empty, 2 * tile))
+            elif kind == "release_others":
+                step = replace(step, empty=self.released(s.empty, 2 * tile + 1))
             after.append(step)
         return after
 
+    def check_place_of_p(
+        self, tile: int, own: list[tuple[str, int]], others: list[tuple[str, int]]
+    ) -> None:
+        """P takes the place of an earlier tile's, which has to have been added by then."""
+        earlier = tile - self.p_places
+        if earlier >= 0 and ("added_others", earlier) not in [*own, *others]:
+            raise ProtocolError(f"P of tile {tile} overwrites one that is read")
 
-def narrow_barriers(ring: int) -> int:
-    """As PartialPages::kFullBarriers of a narrow kernel."""
-    return (ring + 3) // 4 * 4
+
+ADDS_FIRST = "see_first take_others added_others release_others see_second put give release"
+SCORES_ON = "see_first take_others see_second added_others release_others put give release"
+NARROW_TURN = "see_first see_second take_others put added_others give release_others release"
+
+
+def wide(tiles: int, turn: str = SCORES_ON, barriers: int = WIDE_RING, **more: bool) -> SeeSaw:
+    return SeeSaw(tiles, WIDE_RING, barriers, turn=turn, p_places=1, **more)
+
+
+def narrow(
+    tiles: int, turn: str = NARROW_TURN, barriers: int = NARROW_RING, **more: bool
+) -> SeeSaw:
+    return SeeSaw(tiles, NARROW_RING, barriers, turn=turn, p_places=2, **more)
 
 
 TILES = [1, 2, 3, 4, 5, 9, 16]
@@ -220,30 +219,29 @@ TILES = [1, 2, 3, 4, 5, 9, 16]
 @pytest.mark.parametrize("helped", [False, True])
 @pytest.mark.parametrize("tiles", TILES)
 def test_every_half_tile_is_there_when_a_narrow_kernel_reads_it(tiles: int, helped: bool) -> None:
-    ring = NarrowRing(tiles, NARROW_RING, narrow_barriers(NARROW_RING), helped)
-    assert ring.visit_all() > 2 * tiles
+    assert narrow(tiles, helped=helped).visit_all() > 2 * tiles
 
 
-@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("turn", [ADDS_FIRST, SCORES_ON])
 @pytest.mark.parametrize("helped", [False, True])
 @pytest.mark.parametrize("tiles", TILES)
 def test_every_half_tile_is_there_when_a_wide_kernel_reads_it(
-    tiles: int, helped: bool, early: bool
+    tiles: int, helped: bool, turn: str
 ) -> None:
-    assert WideRing(tiles, WIDE_RING, WIDE_RING, helped, early).visit_all() > 2 * tiles
+    assert wide(tiles, turn, helped=helped).visit_all() > 2 * tiles
 
 
-@pytest.mark.parametrize("tiles", [5, 9, 16])
-def test_one_barrier_per_place_would_not_do_in_a_narrow_kernel(tiles: int) -> None:
-    with pytest.raises(ProtocolError, match="is read before it is there"):
-        NarrowRing(tiles, NARROW_RING, NARROW_RING).visit_all()
+def test_p_may_not_be_told_of_before_the_other_one_has_been_added() -> None:
+    too_early = NARROW_TURN.replace("added_others give", "give added_others")
+    with pytest.raises(ProtocolError, match="overwrites one that is read"):
+        narrow(9, too_early).visit_all()
 
 
 @pytest.mark.parametrize(
     ("ring", "message"),
     [
-        (lambda: NarrowRing(9, NARROW_RING, 4), "unfinished phase"),
-        (lambda: WideRing(9, WIDE_RING, 3), "unfinished phase|nobody can go on"),
+        (lambda: narrow(9, barriers=4), "unfinished phase"),
+        (lambda: wide(9, barriers=3), "unfinished phase|nobody can go on"),
     ],
 )
 def test_fewer_barriers_than_places_would_not_do(ring: Callable[[], Ring], message: str) -> None:
@@ -257,5 +255,5 @@ def test_the_kernel_has_the_rings_of_the_models() -> None:
     pages = int(re.findall(r"kNumSmemPages = (\d+);", config)[0])
     assert "kQPages = Config::kNarrow ? 1 : 2;" in source
     assert (pages - 1, pages - 2) == (NARROW_RING, WIDE_RING)
-    assert "kFullBarriers = Config::kNarrow ? (kRing + 3) / 4 * 4 : kRing;" in source
-    assert "kKvFull + half_tile % kFullBarriers" in source
+    assert "return kKvFull + place(half_tile);" in source
+    assert "return half_tile / kRing;" in source
