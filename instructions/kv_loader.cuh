@@ -26,9 +26,14 @@ class BoxLoader {
           start_(work.start),
           end_(work.end),
           lane_(lane),
-          id_(look_up(0)),
-          row_of_box_(row_of(0)),
-          next_id_(look_up(mk::kWarpThreads)) {}
+          row_of_box_(row_of(0)) {
+        constexpr int kNext = mk::kWarpThreads;
+        const int32_t *first = place_of_id(0), *next = place_of_id(kNext);
+        if (exists(0)) mk::ptx::prefetch_to_l2(first);
+        mk::ptx::wait_for_earlier_kernels(first, next);
+        id_ = exists(0) ? __ldg(first) : 0;
+        next_id_ = exists(kNext) ? __ldg(next) : 0;
+    }
 
     __device__ void begin_tile(int tile) {
         const int first = tile * kBoxes;
@@ -88,9 +93,12 @@ class BoxLoader {
         return kBoxes == 1 && is_last ? row - TailRows<true>(end_ - start_).first : row;
     }
     // Entries past the request's last block are never read: they may hold anything.
+    __device__ bool exists(int first) const { return position(first) < end_; }
     __device__ int look_up(int first) const {
-        const int at = position(first);
-        return at < end_ ? __ldg(&ids_[g_.block_of(at)]) : 0;
+        return exists(first) ? __ldg(place_of_id(first)) : 0;
+    }
+    __device__ const int32_t* place_of_id(int first) const {
+        return &ids_[g_.block_of(position(first))];
     }
     // Windows follow each other; what the next one needs is read ahead.
     __device__ void open_window(int first) {
@@ -102,7 +110,7 @@ class BoxLoader {
     const MlaGlobals& g_;
     const int32_t* ids_;
     int kv_head_, start_, end_, lane_;
-    int id_, row_of_box_, next_id_;    // of the lane's box; the row may be negative
+    int row_of_box_, id_, next_id_;    // of the lane's box; the row may be negative
     int block_[kBoxes], row_[kBoxes];  // of the tile's boxes
 };
 
@@ -117,6 +125,7 @@ class RowLoader {
           lane_(lane),
           position_(work.start + lane),
           chunk_(lane % kLanesPerRow) {
+        mk::ptx::wait_for_earlier_kernels(ids_);
         const int kv_head = g.kv_head_of(work.sequence);
         latent_ = g.latent + kv_head * g.latent_strides.head + chunk_ * 16;
         rope_ = g.rope + kv_head * g.rope_strides.head + chunk_ * 16;

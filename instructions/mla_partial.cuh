@@ -38,11 +38,18 @@ struct MlaPartial {
     };
 
     struct Loader {
+        // Where to look for block ids, if nothing but the words says so, is known before: the KV
+        // loader waits when it reads them.
+        static constexpr bool kWaitsForEarlierKernels = true;
+
         __device__ static void run(const MlaGlobals& g, State& state) {
             const int lane = threadIdx.x % mk::kWarpThreads;
+            if (g.cu_seqlens_q != nullptr || g.kv_indptr != nullptr) {
+                mk::ptx::wait_for_earlier_kernels();
+            }
             const PartialWork work(g, state.words());
-            if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
             with_kv_loader(g, work, lane, [&](auto& kv) {
+                if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
                 load_q(g, state, work, lane);
                 load_tiles(g, state, work, kv, mk::Role::kLoader);
             });

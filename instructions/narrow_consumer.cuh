@@ -36,8 +36,9 @@ class NarrowConsumer {
         union {
             NarrowPTile<Element> p[kGroups];  // of the tile that each scored last
             struct {
-                float inverse[kGroups][kNarrowRows];  // what the output is multiplied with
-                float adopted[kGroups][kNarrowRows];  // and another partial's
+                // By warp: what the output is multiplied with, and another partial's.
+                float inverse[mk::DefaultConfig::kNumConsumerWarps][kNarrowRows];
+                float adopted[mk::DefaultConfig::kNumConsumerWarps][kNarrowRows];
             } end;
         };
         NarrowExchange exchange[kGroups];   // maxima; in the end, sums of a warpgroup's own tiles
@@ -76,6 +77,7 @@ class NarrowConsumer {
     __device__ void sync_warpgroup() const {
         mk::ptx::named_barrier_sync(warpgroup_barrier(group), kWarpgroupThreads);
     }
+    __device__ static int warp() { return mk::ptx::thread_in_cta() / mk::kWarpThreads; }
     __device__ static NamedBarrier p_ready(int group) {
         return group == 0 ? NamedBarrier::kEvenPReady : NamedBarrier::kOddPReady;
     }
@@ -132,7 +134,7 @@ class NarrowConsumer {
         barrier_sync(p_ready(1 - group), kConsumerThreads);
         Pages::see_half(g);
         const NarrowRow max = rows_of(scratch().max);
-        if (__any_sync(~0u, rows.differs(max))) rows.move_max(max, o);
+        if (__any_sync(~0u, rows.differs(max))) rows.move_max(max, o, tile > 0);
         accumulate<Element>(o, p_operand(1 - group), v);
     }
 
@@ -152,7 +154,7 @@ class NarrowConsumer {
         }
         const bool exceeded = rows.is_exceeded(s, g.scale_log2);
         if (mk::ptx::named_barrier_any(warpgroup_barrier(group), kWarpgroupThreads, exceeded)) {
-            rows.raise_max(s, o, g.scale_log2, shared.exchange[group], shared.max, [&] {
+            rows.raise_max(s, o, g.scale_log2, shared.exchange[group], shared.max, tile > 0, [&] {
                 kittens::warpgroup::mma_async_wait();
                 sync_warpgroup();
             });
@@ -192,8 +194,7 @@ class NarrowConsumer {
             Mates(g, state, work).open_inbox();
         }
         const float lse_log2 = finish_rows(work);
-        sync_warpgroup();
-        multiply(o, rows_of(scratch().end.inverse[group]));
+        multiply(o, rows_of(scratch().end.inverse[warp()]));
         if (work.adopts()) add_adopted(work);
         if (mk::ptx::as_written(!work.is_shared())) {
             store_output(work);
@@ -201,35 +202,37 @@ class NarrowConsumer {
             merge_with_mates(work, lse_log2);
         }
 
+        __syncwarp();
+        const bool first_lane = is_first_lane();
+        if (first_lane) state.arrive(Pages::kOutputStored);
         mk::ptx::fence_proxy_async_smem();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        const bool first_lane = is_first_lane();
         if (group == 0 && first_lane) state.release_page(kQPage, 1);
         if (mk::ptx::thread_in_cta() == 0) {
             state.record(mk::TimingWord::kComputeEnd);
             if (work.is_shared()) Pages::release_ring(state);
         }
-        if (first_lane) state.arrive(Pages::kOutputStored);
     }
 
     __device__ void merge_with_mates(const PartialWork& work, float lse_log2) {
         const Mates mates(g, state, work);
-        mates.wait_open();
         static_assert(kNarrowRows * mk::kMaxClusterCtas == kConsumerThreads);
-        const int row = mk::ptx::thread_in_cta() % kNarrowRows;
-        const int mate = mk::ptx::thread_in_cta() / kNarrowRows;
-        if (row < work.num_rows && mate < work.num_mates) mates.send_lse(row, mate, lse_log2);
-        store<float>(work.num_rows, [&](int col) { return mates.sender(col); });
+        const auto begin = [&] {
+            mates.wait_open();
+            const int row = mk::ptx::thread_in_cta() % kNarrowRows;
+            if (row < work.num_rows && warp() < work.num_mates) {
+                mates.send_lse(row, warp(), lse_log2);
+            }
+        };
+        store<float>(work.num_rows, [&](int col) { return mates.sender(col); }, begin);
         mates.merge();
     }
 
-    // A lane for each row. All warps work out its LSE, which is returned; the first one of each
-    // warpgroup looks after what the output is multiplied with, and one of the others writes LSEs.
+    // By each warp for itself, a lane for each row: what the output is to be multiplied with goes
+    // to scratch. Returns the row's LSE.
     __device__ float finish_rows(const PartialWork& work) const {
         static_assert(kNarrowRows == mk::kWarpThreads);
-        const int warp = mk::ptx::thread_in_cta() / mk::kWarpThreads;
         const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
-        if (row >= work.num_rows) return -INFINITY;
         Scratch& shared = scratch();
         float sum = 0.f;
 #pragma unroll
@@ -241,7 +244,8 @@ class NarrowConsumer {
         float top = max, adopted_lse_log2 = -INFINITY;
         if (work.adopts()) {
             state.wait(Pages::kAdoptedHere, 0);
-            adopted_lse_log2 = __ldcg(&g.lse_log2_scratch[g.scratch_row(work.adopted, row)]);
+            const int64_t from = g.scratch_row(work.adopted, min(row, work.num_rows - 1));
+            adopted_lse_log2 = __ldcg(&g.lse_log2_scratch[from]);
             top = fmaxf(top, adopted_lse_log2);
         }
         const float own = mk::ptx::exp2_approx(max - top);
@@ -249,14 +253,17 @@ class NarrowConsumer {
         float total = own * sum + adopted;
         const bool seen = total > 0.f;
         const float lse_log2 = seen ? top + __log2f(total) : -INFINITY;
-        if (warp == 1 && !work.is_shared()) work.store_lse(g, row, lse_log2);
-        if (warp % (kWarpgroupThreads / mk::kWarpThreads) != 0) return lse_log2;
-        if (g.attn_sink != nullptr && !work.is_shared()) {
-            total += mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
+        if (!work.is_shared()) {
+            if (warp() == 1 && row < work.num_rows) work.store_lse(g, row, lse_log2);
+            if (g.attn_sink != nullptr) {
+                const float sink_log2 = work.sink_log2(g, min(row, work.num_rows - 1));
+                total += mk::ptx::exp2_approx(sink_log2 - top);
+            }
         }
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
-        shared.end.inverse[group][row] = own * inverse;
-        if (work.adopts()) shared.end.adopted[group][row] = adopted * inverse;
+        shared.end.inverse[warp()][row] = own * inverse;
+        shared.end.adopted[warp()][row] = adopted * inverse;
+        __syncwarp();
         return lse_log2;
     }
 
@@ -264,11 +271,10 @@ class NarrowConsumer {
     __device__ void add_adopted(const PartialWork& work) {
         const float* from = g.o_scratch + g.scratch_row(work.adopted, 0) * kLatentDim +
                             group * kHalfLatent + fragment_row();
-        const NarrowRow weight = rows_of(scratch().end.adopted[group]);
+        const NarrowRow weight = rows_of(scratch().end.adopted[warp()]);
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
-            const int row = thread_row(r);
-            if (row >= work.num_rows) continue;
+            const int row = min(thread_row(r), work.num_rows - 1);
 #pragma unroll
             for (int i = 0; i < 2 * kHalfBlocks; ++i) {
                 element(o.block[i / 2], r, i % 2) +=
@@ -324,18 +330,18 @@ class NarrowConsumer {
     __device__ void store_output(const PartialWork& work) {
         if (writes_scratch(work.dst_batch)) {
             float* dst = g.o_scratch + g.scratch_row(scratch_slot(work.dst_batch), 0) * kLatentDim;
-            store<float>(work.num_rows, [&](int col) { return row_writer(dst + col); });
+            store<float>(work.num_rows, [&](int col) { return row_writer(dst + col); }, [] {});
         } else {
             Element* dst = reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            store<Element>(work.num_rows, [&](int col) { return row_writer(dst + col); });
+            store<Element>(work.num_rows, [&](int col) { return row_writer(dst + col); }, [] {});
         }
     }
 
     // Gives away this warpgroup's half of the columns, by way of its half of the page, so that
-    // whole cache lines leave: way(column)(row, 16 bytes of T).
-    template <class T, class Way>
-    __device__ void store(int num_rows, Way way) {
+    // whole cache lines leave: way(column)(row, 16 bytes of T). Before the first, begin().
+    template <class T, class Way, class Begin>
+    __device__ void store(int num_rows, Way way, Begin begin) {
         constexpr int kPitch = kStagedRowBytes<T>;
         static_assert(kGroups * kRowsAtOnce * kPitch <= Config::kSmemPageBytes);
         const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
@@ -347,22 +353,23 @@ class NarrowConsumer {
             if (first > 0) sync_warpgroup();  // all have taken what lay there
             stage(first, staged, kPitch, T{});
             sync_warpgroup();
+            if (first == 0) begin();
             constexpr int kVectorsPerRow = kHalfLatent * sizeof(T) / 16;
             constexpr int kTogether = kWarpgroupThreads / kVectorsPerRow;  // rows
             const int row = thread / kVectorsPerRow, vector = thread % kVectorsPerRow;
             const auto put = way(group * kHalfLatent + vector * (16 / static_cast<int>(sizeof(T))));
             constexpr int kInFlight = 4;
 #pragma unroll 1
-            for (int begin = 0; begin < kRowsAtOnce / kTogether; begin += kInFlight) {
+            for (int from = 0; from < kRowsAtOnce / kTogether; from += kInFlight) {
                 float4 v[kInFlight];
 #pragma unroll
                 for (int i = 0; i < kInFlight; ++i) {
                     v[i] = mk::ptx::load_smem_float4(
-                        staged + (row + (begin + i) * kTogether) * kPitch + vector * 16);
+                        staged + (row + (from + i) * kTogether) * kPitch + vector * 16);
                 }
 #pragma unroll
                 for (int i = 0; i < kInFlight; ++i) {
-                    const int to = first * 8 + row + (begin + i) * kTogether;
+                    const int to = first * 8 + row + (from + i) * kTogether;
                     if (to < num_rows) put(to, v[i]);
                 }
             }

@@ -128,6 +128,7 @@ struct NarrowState {
                                               float scale_log2,
                                               NarrowExchange& exchange,
                                               float (&maxima)[kNarrowRows],
+                                              bool has_sums,
                                               Sync sync) {
         NarrowRow top;
 #pragma unroll
@@ -143,23 +144,21 @@ struct NarrowState {
         for (const auto& of_warp : exchange.of_warp) to = fmaxf(to, of_warp[row]);
         maxima[row] = to;  // all four warps do
         __syncwarp();
-        move_max(rows_of(maxima), o);
+        move_max(rows_of(maxima), o, has_sums);
     }
 
-    // Moves the maxima, and what has been summed up so far with them.
-    __device__ __forceinline__ void move_max(const NarrowRow& to, NarrowOutput& o) {
-        NarrowRow factor;
-        bool unchanged = true;
+    // Moves the maxima, and with them what has been summed up so far, if anything has.
+    __device__ __forceinline__ void move_max(const NarrowRow& to, NarrowOutput& o, bool has_sums) {
+        if (has_sums) {
+            NarrowRow factor;
 #pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) {
-            // Nothing summed yet, or no row at all.
-            const bool keeps = max.of[r] == RowState::kNoMax || max.of[r] == to.of[r];
-            factor.of[r] = keeps ? 1.f : mk::ptx::exp2_approx(max.of[r] - to.of[r]);
-            max.of[r] = to.of[r];
-            sum.of[r] *= factor.of[r];
-            unchanged &= factor.of[r] == 1.f;
+            for (int r = 0; r < kThreadRows; ++r) {
+                factor.of[r] = mk::ptx::exp2_approx(max.of[r] - to.of[r]);
+                sum.of[r] *= factor.of[r];
+            }
+            multiply(o, factor);
         }
-        if (!__all_sync(~0u, unchanged)) multiply(o, factor);
+        max = to;
     }
 
     // For both warpgroups: the sums of each warp.

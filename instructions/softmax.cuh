@@ -154,7 +154,7 @@ struct RowState {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const float total = sum[i] + mk::ptx::exp2_approx(sink_log2[i] - max[i]);
-            inverse.factor[i] = sum[i] > 0.f ? 1.f / total : 0.f;
+            inverse.factor[i] = sum[i] > 0.f ? mk::ptx::reciprocal_approx(total) : 0.f;
         }
         return inverse;
     }

@@ -252,6 +252,9 @@ class WideConsumer {
         } else {
             merge_with_mates(work, inverse);
         }
+        __syncwarp();
+        const bool first_lane = is_first_lane();
+        if (first_lane) state.arrive(Pages::kOutputStored);
         mk::ptx::fence_proxy_async_smem();
         // Nobody begins the next instruction's scratch before all have read this one's.
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
@@ -259,9 +262,7 @@ class WideConsumer {
             state.record(mk::TimingWord::kComputeEnd);
             if (work.is_shared()) Pages::release_ring(state);
         }
-        if (!is_first_lane()) return;
-        state.release_page(group, 1);
-        state.arrive(Pages::kOutputStored);
+        if (first_lane) state.release_page(group, 1);
     }
 
     // Another partial's result counts as one more tile, with sums of 1.

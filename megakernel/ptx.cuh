@@ -290,14 +290,19 @@ __device__ __forceinline__ void store_float4(float* pointer, const float4& value
                  : "memory");
 }
 
-// What this thread wrote or saw written comes before what it writes next, for the whole GPU.
-// (__threadfence() is sequentially consistent, and slower for it.)
-__device__ __forceinline__ void fence_acq_rel_gpu() {
-    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+// What is there may still be written: L2 is where all see the same.
+__device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
 }
 
 __device__ __forceinline__ void store_relaxed_gpu(int32_t* pointer, int32_t value) {
     asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
+// Comes after what this thread wrote or saw written before, for the whole GPU. (A fence of both
+// kinds would throw away what is in L1, too, and __threadfence() is slower still.)
+__device__ __forceinline__ void store_release_gpu(int32_t* pointer, int32_t value) {
+    asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }
 
 // ---- the cluster --------------------------------------------------------------
@@ -414,9 +419,12 @@ __device__ __forceinline__ void move_registers() {
 }
 
 // Programmatic dependent launch. What the kernels before this one wrote may be read after the
-// wait; it returns at once when the launch was an ordinary one.
-__device__ __forceinline__ void wait_for_earlier_kernels() {
+// wait; it returns at once when the launch was an ordinary one. Not even a load that the compiler
+// takes for one of constants, by a pointer that is passed, comes before it.
+template <class... Pointers>
+__device__ __forceinline__ void wait_for_earlier_kernels(Pointers&... pointers) {
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    (..., [](auto& pointer) { asm volatile("" : "+l"(pointer)::"memory"); }(pointers));
 }
 // The next kernel of the stream may take the SMs that this one leaves, up to its own wait.
 __device__ __forceinline__ void allow_next_kernel() {

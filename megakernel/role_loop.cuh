@@ -18,6 +18,13 @@ struct RoleOf<Role::kStorer, Op> : Op::Storer {};
 template <class Op>
 struct RoleOf<Role::kLauncher, Op> : Op::Launcher {};
 
+// Roles wait for the kernels before when they have their first instruction, but for those that say
+// that they do so themselves, by a member kWaitsForEarlierKernels.
+template <class Part>
+constexpr bool waits_itself() {
+    return requires { Part::kWaitsForEarlierKernels; };
+}
+
 template <class Config>
 constexpr int retire_arrivals() {  // one per warp but the controller's
     return Config::kNumConsumerWarps + Config::kNumControlWarps - 1;
@@ -36,8 +43,9 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         if (!state.template wait_local<false>(decoded, parity)) break;
         // The end of the queue is no opcode, nor is what the controller refuses.
         const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
-            if (state.index() == 0) ptx::wait_for_earlier_kernels();
-            RoleOf<kRole, Op>::run(globals, state);
+            using Part = RoleOf<kRole, Op>;
+            if (!waits_itself<Part>() && state.index() == 0) ptx::wait_for_earlier_kernels();
+            Part::run(globals, state);
             __syncwarp();
             if (kRole == Op::kPrefetchGate && is_first_lane()) {
                 ptx::mbar_arrive(ptx::smem_address(&control.loads_issued[slot]));

@@ -133,8 +133,7 @@ class State {
 
     // Raises a flag for all that this thread wrote, and all that it has seen written.
     __device__ void raise_done_flag(int32_t* flag) const {
-        ptx::fence_acq_rel_gpu();
-        ptx::store_relaxed_gpu(flag, launch_epoch<Config>());
+        ptx::store_release_gpu(flag, launch_epoch<Config>());
     }
 
     __device__ bool failed() const { return watchdog_.failed(); }
