@@ -80,7 +80,7 @@ inline int most_group_rows(const DecodeLayout& layout, bool ragged) {
     return ragged ? layout.slot_rows : std::min(kMaxRows, layout.s_q * layout.num_heads);
 }
 
-// All rows of a group at once; and which kernel is meant for boxes of so many rows.
+// All rows of a group at once.
 inline int q_box_rows(const DecodeLayout& layout, bool ragged) {
     const int rows = most_group_rows(layout, ragged);
     return rows <= kNarrowRows ? (rows + 7) / 8 * 8 : kMaxRows;
@@ -242,36 +242,48 @@ inline void set_addresses(MlaGlobals& g, const DecodePointers& p) {
     g.attn_sink = static_cast<const float*>(p.attn_sink);
 }
 
-// Enqueues one of the megakernels. Each element type, narrow or not, has a translation unit of its
-// own, see python/bindings/.
-template <class Element, bool kNarrow, bool kWholeTileBoxes, bool kTimed>
+// Enqueues one of the megakernels. Each element type has a translation unit for 16, 32 and 64 rows,
+// see python/bindings/.
+template <class Element, int kRows, bool kWholeTileBoxes, bool kTimed>
 void launch_variant(const MlaGlobals& globals, mk::Grid grid, int device, cudaStream_t stream) {
-    using Plain = MlaConfig<Element, kWholeTileBoxes, kNarrow>;
+    using Plain = MlaConfig<Element, kWholeTileBoxes, kRows>;
     using Config = std::conditional_t<kTimed, mk::WithTimings<Plain>, Plain>;
     mk::launch<Config, MlaOps<Config>>(globals, grid, device, stream);
 }
 
-template <class Element, bool kNarrow>
+template <class Element, int kRows>
 void launch_family(
     const MlaGlobals& globals, bool timed, mk::Grid grid, int device, cudaStream_t stream) {
     const bool whole = globals.kv_box_rows == kKvTile;
-    const auto launch = whole ? (timed ? &launch_variant<Element, kNarrow, true, true>
-                                       : &launch_variant<Element, kNarrow, true, false>)
-                              : (timed ? &launch_variant<Element, kNarrow, false, true>
-                                       : &launch_variant<Element, kNarrow, false, false>);
+    const auto launch = whole ? (timed ? &launch_variant<Element, kRows, true, true>
+                                       : &launch_variant<Element, kRows, true, false>)
+                              : (timed ? &launch_variant<Element, kRows, false, true>
+                                       : &launch_variant<Element, kRows, false, false>);
     launch(globals, grid, device, stream);
 }
 
 // How many clusters of these kernels run at a time; all have the same shared memory.
 int max_clusters(int cluster_ctas, int device);
-extern template void launch_family<kittens::bf16, true>(
+extern template void launch_family<kittens::bf16, kNarrowestRows>(
     const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
-extern template void launch_family<kittens::bf16, false>(
+extern template void launch_family<kittens::bf16, kNarrowRows>(
     const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
-extern template void launch_family<kittens::half, true>(
+extern template void launch_family<kittens::bf16, kMaxRows>(
     const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
-extern template void launch_family<kittens::half, false>(
+extern template void launch_family<kittens::half, kNarrowestRows>(
     const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
+extern template void launch_family<kittens::half, kNarrowRows>(
+    const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
+extern template void launch_family<kittens::half, kMaxRows>(
+    const MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
+
+// The megakernels for boxes of so many rows of Q.
+template <class Element>
+auto family_for(int q_box_rows) {
+    if (q_box_rows <= kNarrowestRows) return &launch_family<Element, kNarrowestRows>;
+    if (q_box_rows <= kNarrowRows) return &launch_family<Element, kNarrowRows>;
+    return &launch_family<Element, kMaxRows>;
+}
 
 // Decodes of one layout. What they share is worked out once, by the first. One thread at a time.
 class Decoder {
@@ -291,11 +303,8 @@ class Decoder {
         globals.megakernel.failure = mk::FailureRecords::device(layout_.device);
         mk::Grid grid = options.grid;
         if (grid.num_ctas == 0) grid.num_ctas = mk::num_sms(layout_.device);
-        const bool narrow = detail::is_narrow(globals.q_box_rows);
-        const auto launch = layout_.fp16 ? (narrow ? &launch_family<kittens::half, true>
-                                                   : &launch_family<kittens::half, false>)
-                                         : (narrow ? &launch_family<kittens::bf16, true>
-                                                   : &launch_family<kittens::bf16, false>);
+        const auto launch = layout_.fp16 ? family_for<kittens::half>(globals.q_box_rows)
+                                         : family_for<kittens::bf16>(globals.q_box_rows);
         launch(globals, pointers.timings != nullptr, grid, layout_.device, options.stream);
     }
 

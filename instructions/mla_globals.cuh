@@ -16,12 +16,14 @@ static_assert(kInstructionWords == mk::kInstructionWords);
 // A megakernel's config with the type of Q, KV, P and O (bf16 or half, 2 bytes both), and whether a
 // box of the copy engine brings a whole tile of KV. Cache blocks of another size have a kernel of
 // their own: its loaders want registers, and code that nobody runs costs others a microsecond. So
-// have batches whose row groups are all narrow, of at most kNarrowRows.
-template <class Element_, bool kWholeTileBoxes_, bool kNarrow_>
+// have batches whose row groups are all narrow, of at most kNarrowRows, or kNarrowestRows.
+inline constexpr int kNarrowestRows = 16;
+template <class Element_, bool kWholeTileBoxes_, int kRows_>
 struct MlaConfig : mk::DefaultConfig {
     using Element = Element_;
     static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
-    static constexpr bool kNarrow = kNarrow_;
+    static constexpr int kRows = kRows_;  // of a row group, at most
+    static constexpr bool kNarrow = kRows <= kNarrowRows;
     static constexpr int kConsumerRegisters = kWholeTileBoxes ? 224 : 216;
     static constexpr int kControlRegisters = kWholeTileBoxes ? 56 : 72;
 };

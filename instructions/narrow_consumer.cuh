@@ -31,10 +31,15 @@ class NarrowConsumer {
   private:
     static constexpr int kGroups = 2;  // warpgroups
     static constexpr int kQPage = 0;
+    static constexpr int kRows = Config::kRows;
+    static constexpr int kThreadRows = kRows / 4;
+    using Row = NarrowRow<kRows>;
+    using Scores = NarrowScores<kRows>;
+    using Block = NarrowBlock<kRows>;
 
     struct Scratch {
         union {
-            NarrowPTile<Element> p[kGroups];  // of the tile that each scored last
+            NarrowPTile<Element, kRows> p[kGroups];  // of the tile that each scored last
             struct {
                 // By warp: what the output is multiplied with, and another partial's.
                 float inverse[mk::DefaultConfig::kNumConsumerWarps][kNarrowRows];
@@ -53,8 +58,8 @@ class NarrowConsumer {
     const int num_tiles;
     const int num_tiles_kept;
     const int plain_tiles;  // leading tiles that every row sees in full
-    NarrowOutput o;
-    NarrowState rows;
+    NarrowOutput<kRows> o;
+    NarrowState<kRows> rows;
 
     __device__ NarrowConsumer(const MlaGlobals& g, State& state)
         : g(g),
@@ -64,7 +69,7 @@ class NarrowConsumer {
           plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
           rows(PartialWork(g, state.words()).num_rows) {
 #pragma unroll
-        for (NarrowBlock& block : o.block) kittens::zero(block);
+        for (Block& block : o.block) kittens::zero(block);
         note_rows();
         state.wait(Pages::kQFull, 0);
         if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
@@ -88,7 +93,7 @@ class NarrowConsumer {
         const int row = mk::ptx::thread_in_cta() % kWarpgroupThreads;
         if (row < kNarrowRows) {
             scratch().visible[group][row] = work.visible(g, row) - work.start;
-            if (group == 0) scratch().max[row] = NarrowState::first_max(row, work.num_rows);
+            if (group == 0) scratch().max[row] = NarrowState<kRows>::first_max(row, work.num_rows);
         }
         sync_warpgroup();
     }
@@ -101,7 +106,7 @@ class NarrowConsumer {
         const NarrowHalfQ q_other(page(kQPage), g.q_box_rows, 1 - group);
         int tile = group;
         for (; tile < num_tiles; tile += kGroups) {
-            NarrowScores s;
+            Scores s;
             const int own = 2 * tile, other = own + 1;
             const HalfK k_own(page(Pages::page(own))), k_other(page(Pages::page(other)));
             Pages::wait_half(g, state, own);
@@ -133,7 +138,7 @@ class NarrowConsumer {
         const VOperand v(page(Pages::page(other_half(tile))));
         barrier_sync(p_ready(1 - group), kConsumerThreads);
         Pages::see_half(g);
-        const NarrowRow max = rows_of(scratch().max);
+        const Row max = rows_of<kRows>(scratch().max);
         if (__any_sync(~0u, rows.differs(max))) rows.move_max(max, o, tile > 0);
         accumulate<Element>(o, p_operand(1 - group), v);
     }
@@ -144,7 +149,7 @@ class NarrowConsumer {
 
     // P is written where it was two tiles ago. (Before the vote all four warps have read the other
     // warpgroup's maxima, in whose place a new one goes.)
-    __device__ void add_own(NarrowScores& s, int tile) {
+    __device__ void add_own(Scores& s, int tile) {
         Scratch& shared = scratch();
         if (tile >= plain_tiles) {
             const typename Pages::Tail tail(PartialWork::num_positions(state.words()));
@@ -194,7 +199,7 @@ class NarrowConsumer {
             Mates(g, state, work).open_inbox();
         }
         const float lse_log2 = finish_rows(work);
-        multiply(o, rows_of(scratch().end.inverse[warp()]));
+        multiply(o, rows_of<kRows>(scratch().end.inverse[warp()]));
         if (work.adopts()) add_adopted(work);
         if (mk::ptx::as_written(!work.is_shared())) {
             store_output(work);
@@ -271,7 +276,7 @@ class NarrowConsumer {
     __device__ void add_adopted(const PartialWork& work) {
         const float* from = g.o_scratch + g.scratch_row(work.adopted, 0) * kLatentDim +
                             group * kHalfLatent + fragment_row();
-        const NarrowRow weight = rows_of(scratch().end.adopted[warp()]);
+        const Row weight = rows_of<kRows>(scratch().end.adopted[warp()]);
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
             const int row = min(thread_row(r), work.num_rows - 1);

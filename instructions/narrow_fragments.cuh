@@ -1,26 +1,27 @@
 // Fragments of a partial of few rows, and the tensor-core products on them. KV
-// positions, then latent columns, are the wgmma's M; rows are its N. So the products
+// positions, then latent columns, are the wgmma's M; rows are its N, 16 or 32. So the products
 // take what the rows need, not what 64 rows would.
 //
-//     S^T [64 positions, 32 rows]     = K [64, 576] Q^T
-//     O^T [64 latent columns, 32 rows] += V^T [64, 64 positions] P^T, for eight blocks of columns
+//     S^T [64 positions, rows]      = K [64, 576] Q^T
+//     O^T [64 latent columns, rows] += V^T [64, 64 positions] P^T, for four blocks of columns
 //
-// A thread holds the rows 8 j + 2 (lane % 4) + c, j < 4, c < 2, the same ones in S^T and in O^T; of
-// the M dimension it holds `lane / 4` of its warp's sixteen, and the one eight below.
+// A thread holds the rows 8 j + 2 (lane % 4) + c, c < 2, the same ones in S^T and in O^T; of the M
+// dimension it holds `lane / 4` of its warp's sixteen, and the one eight below.
 #pragma once
 
 #include "instructions/fragments.cuh"
 
 namespace mla {
 
-using NarrowScores = kittens::rt_fl<16, kNarrowRows>;
-using NarrowBlock = kittens::rt_fl<16, kNarrowRows>;
+template <int kRows>
+using NarrowScores = kittens::rt_fl<16, kRows>;
+template <int kRows>
+using NarrowBlock = kittens::rt_fl<16, kRows>;
 // P [rows, positions] of one tile.
-template <class Element>
-using NarrowPTile = kittens::st<Element, kNarrowRows, kKvTile>;
+template <class Element, int kRows>
+using NarrowPTile = kittens::st<Element, kRows, kKvTile>;
 
-// Of a thread's rows: r = 2 j + c.
-inline constexpr int kThreadRows = kNarrowRows / 4;
+// Of a thread's rows, a quarter of all: r = 2 j + c.
 __device__ __forceinline__ int thread_row(int r) {
     return r / 2 * 8 + mk::ptx::thread_in_cta() % 4 * 2 + r % 2;
 }
@@ -32,8 +33,9 @@ __device__ __forceinline__ auto& element(Fragment& f, int r, int lower) {
 }
 
 // Half the latent columns of the output, as blocks of 64.
+template <int kRows>
 struct NarrowOutput {
-    NarrowBlock block[kHalfBlocks];
+    NarrowBlock<kRows> block[kHalfBlocks];
 };
 
 // Half the width of Q, in shared memory: swizzle blocks of `box_rows` rows one behind the other,
@@ -63,11 +65,11 @@ class NarrowHalfQ {
 };
 
 // Issues s (+)= K Q^T over one half of the width; not yet committed.
-template <class Element, bool kFirst>
-__device__ __forceinline__ void multiply_scores(NarrowScores& s,
+template <class Element, bool kFirst, int kRows>
+__device__ __forceinline__ void multiply_scores(NarrowScores<kRows>& s,
                                                 const NarrowHalfQ& q,
                                                 const HalfK& k) {
-    using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 0, 0>;
+    using Mma = kittens::wgmma::base<float, Element, kRows, 0, 0>;
     begin_products(s);
 #pragma unroll
     for (int step = 0; step < kHalfLatent / 16; ++step) {
@@ -80,11 +82,13 @@ __device__ __forceinline__ void multiply_scores(NarrowScores& s,
 }
 
 // Issues o += V^T P^T for half the latent columns.
-template <class Element>
-__device__ __forceinline__ void accumulate(NarrowOutput& o, const POperand& p, const VOperand& v) {
-    using Mma = kittens::wgmma::base<float, Element, kNarrowRows, 1, 0>;
+template <class Element, int kRows>
+__device__ __forceinline__ void accumulate(NarrowOutput<kRows>& o,
+                                           const POperand& p,
+                                           const VOperand& v) {
+    using Mma = kittens::wgmma::base<float, Element, kRows, 1, 0>;
 #pragma unroll
-    for (NarrowBlock& block : o.block) begin_products(block);
+    for (NarrowBlock<kRows>& block : o.block) begin_products(block);
 #pragma unroll
     for (int block = 0; block < kHalfBlocks; ++block) {
 #pragma unroll

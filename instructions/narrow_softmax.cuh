@@ -9,21 +9,23 @@
 
 namespace mla {
 
-// What the four warps of a warpgroup tell each other of every row.
+// What the four warps of a warpgroup tell each other of every row. (As many as a warp has lanes.)
 struct NarrowExchange {
     float of_warp[4][kNarrowRows];
 };
 
 // Of a thread's rows: one float each.
+template <int kRows>
 struct NarrowRow {
-    float of[kThreadRows];
+    float of[kRows / 4];
 };
 
 // What lies there for a thread's rows.
-__device__ __forceinline__ NarrowRow rows_of(const float (&from)[kNarrowRows]) {
-    NarrowRow row;
+template <int kRows>
+__device__ __forceinline__ NarrowRow<kRows> rows_of(const float (&from)[kNarrowRows]) {
+    NarrowRow<kRows> row;
 #pragma unroll
-    for (int r = 0; r < kThreadRows; r += 2) {
+    for (int r = 0; r < kRows / 4; r += 2) {
         const auto pair = *reinterpret_cast<const float2*>(&from[thread_row(r)]);
         row.of[r] = pair.x;
         row.of[r + 1] = pair.y;
@@ -31,11 +33,12 @@ __device__ __forceinline__ NarrowRow rows_of(const float (&from)[kNarrowRows]) {
     return row;
 }
 
-__device__ __forceinline__ void multiply(NarrowOutput& o, const NarrowRow& factor) {
+template <int kRows>
+__device__ __forceinline__ void multiply(NarrowOutput<kRows>& o, const NarrowRow<kRows>& factor) {
 #pragma unroll
-    for (NarrowBlock& block : o.block) {
+    for (NarrowBlock<kRows>& block : o.block) {
 #pragma unroll
-        for (int r = 0; r < kThreadRows; ++r) {
+        for (int r = 0; r < kRows / 4; ++r) {
             element(block, r, 0) *= factor.of[r];
             element(block, r, 1) *= factor.of[r];
         }
@@ -43,12 +46,13 @@ __device__ __forceinline__ void multiply(NarrowOutput& o, const NarrowRow& facto
 }
 
 // Combines what the lanes that hold the same rows have of them. One row is left to each lane:
-// row_of_lane(). At each step a lane keeps half of its rows and gives the others away.
-template <class Combine>
-__device__ __forceinline__ float across_positions(NarrowRow x, Combine combine) {
+// row_of_lane(). At each step a lane keeps half of its rows and gives the others away; of sixteen
+// rows each is left to two lanes.
+template <int kRows, class Combine>
+__device__ __forceinline__ float across_positions(NarrowRow<kRows> x, Combine combine) {
     const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
 #pragma unroll
-    for (int rows = kThreadRows / 2; rows > 0; rows /= 2) {
+    for (int rows = kRows / 8; rows > 0; rows /= 2) {
         const bool keeps_upper = lane / 4 & rows;
 #pragma unroll
         for (int r = 0; r < rows; ++r) {
@@ -57,10 +61,16 @@ __device__ __forceinline__ float across_positions(NarrowRow x, Combine combine) 
             x.of[r] = combine(kept, __shfl_xor_sync(~0u, given, 4 * rows));
         }
     }
-    return x.of[0];
+    float own = x.of[0];
+#pragma unroll
+    for (int step = kRows; step < mk::kWarpThreads; step *= 2) {
+        own = combine(own, __shfl_xor_sync(~0u, own, step));
+    }
+    return own;
 }
+template <int kRows>
 __device__ __forceinline__ int row_of_lane() {
-    return thread_row(mk::ptx::thread_in_cta() % mk::kWarpThreads / 4);
+    return thread_row(mk::ptx::thread_in_cta() % mk::kWarpThreads / 4 % (kRows / 4));
 }
 __device__ __forceinline__ int warp_in_warpgroup() {
     return mk::ptx::thread_in_cta() % kWarpgroupThreads / mk::kWarpThreads;
@@ -68,7 +78,8 @@ __device__ __forceinline__ int warp_in_warpgroup() {
 
 // Scores of a tile's rows before `first` become -inf, and those of positions at or past `visible`
 // of their row, whatever was read for them. `begin` is the position of row `first`.
-__device__ __forceinline__ void hide_outside(NarrowScores& s,
+template <int kRows>
+__device__ __forceinline__ void hide_outside(NarrowScores<kRows>& s,
                                              const int* visible,
                                              int first,
                                              int begin) {
@@ -79,7 +90,7 @@ __device__ __forceinline__ void hide_outside(NarrowScores& s,
         position[lower] = row < first ? INT_MAX : begin - first + row;
     }
 #pragma unroll
-    for (int r = 0; r < kThreadRows; ++r) {
+    for (int r = 0; r < kRows / 4; ++r) {
         const int end = visible[thread_row(r)];
         if (position[0] >= end) element(s, r, 0) = -INFINITY;
         if (position[1] >= end) element(s, r, 1) = -INFINITY;
@@ -88,8 +99,14 @@ __device__ __forceinline__ void hide_outside(NarrowScores& s,
 
 // Running maximum, in units of log2, the same in all threads that hold a row; and the sum over
 // this thread's positions.
+template <int kRows>
 struct NarrowState {
-    NarrowRow max, sum;
+    static constexpr int kThreadRows = kRows / 4;
+    using Row = NarrowRow<kRows>;
+    using Scores = NarrowScores<kRows>;
+    using Output = NarrowOutput<kRows>;
+
+    Row max, sum;
 
     // Rows past num_rows hold what happened to lie in shared memory: nothing exceeds their maximum.
     __device__ explicit NarrowState(int num_rows) {
@@ -103,7 +120,7 @@ struct NarrowState {
         return row < num_rows ? RowState::kNoMax : INFINITY;
     }
 
-    __device__ __forceinline__ bool differs(const NarrowRow& others) const {
+    __device__ __forceinline__ bool differs(const Row& others) const {
         bool differs = false;
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) differs |= max.of[r] != others.of[r];
@@ -111,7 +128,7 @@ struct NarrowState {
     }
 
     // Does a score exceed its row's maximum by so much that the maximum has to move? See RowState.
-    __device__ __forceinline__ bool is_exceeded(NarrowScores& s, float scale_log2) const {
+    __device__ __forceinline__ bool is_exceeded(Scores& s, float scale_log2) const {
         bool exceeded = false;
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
@@ -123,34 +140,36 @@ struct NarrowState {
 
     // Moves the maxima of all rows to what the warpgroup has seen, and tells `maxima`.
     template <class Sync>
-    __device__ __forceinline__ void raise_max(NarrowScores& s,
-                                              NarrowOutput& o,
+    __device__ __forceinline__ void raise_max(Scores& s,
+                                              Output& o,
                                               float scale_log2,
                                               NarrowExchange& exchange,
                                               float (&maxima)[kNarrowRows],
                                               bool has_sums,
                                               Sync sync) {
-        NarrowRow top;
+        Row top;
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
             top.of[r] = fmaxf(element(s, r, 0), element(s, r, 1));
         }
         const auto larger = [](float x, float y) { return fmaxf(x, y); };
-        const int row = row_of_lane();
+        const int row = row_of_lane<kRows>();
         exchange.of_warp[warp_in_warpgroup()][row] = across_positions(top, larger) * scale_log2;
         sync();
         float to = maxima[row];
 #pragma unroll
         for (const auto& of_warp : exchange.of_warp) to = fmaxf(to, of_warp[row]);
-        maxima[row] = to;  // all four warps do
+        // All four warps do. (Who is late may have read it: larger than what was there, and no more
+        // than what all find.)
+        maxima[row] = to;
         __syncwarp();
-        move_max(rows_of(maxima), o, has_sums);
+        move_max(rows_of<kRows>(maxima), o, has_sums);
     }
 
     // Moves the maxima, and with them what has been summed up so far, if anything has.
-    __device__ __forceinline__ void move_max(const NarrowRow& to, NarrowOutput& o, bool has_sums) {
+    __device__ __forceinline__ void move_max(const Row& to, Output& o, bool has_sums) {
         if (has_sums) {
-            NarrowRow factor;
+            Row factor;
 #pragma unroll
             for (int r = 0; r < kThreadRows; ++r) {
                 factor.of[r] = mk::ptx::exp2_approx(max.of[r] - to.of[r]);
@@ -164,13 +183,13 @@ struct NarrowState {
     // For both warpgroups: the sums of each warp.
     __device__ __forceinline__ void publish_sums(NarrowExchange& sums) const {
         const auto added = [](float x, float y) { return x + y; };
-        sums.of_warp[warp_in_warpgroup()][row_of_lane()] = across_positions(sum, added);
+        sums.of_warp[warp_in_warpgroup()][row_of_lane<kRows>()] = across_positions(sum, added);
     }
 
     // Turns scores into P and writes it, transposed.
     template <class Element>
-    __device__ __forceinline__ void weigh(NarrowScores& s,
-                                          NarrowPTile<Element>& p,
+    __device__ __forceinline__ void weigh(Scores& s,
+                                          NarrowPTile<Element, kRows>& p,
                                           float scale_log2) {
         uint32_t packed[kThreadRows];  // [row pair][upper or lower position]
 #pragma unroll
@@ -194,7 +213,7 @@ struct NarrowState {
         const uint32_t at =
             mk::ptx::smem_address(&p) + row * kBlockRowBytes + (chunk ^ row % 8) * 16;
 #pragma unroll
-        for (int half = 0; half < kNarrowRows / 16; ++half) {
+        for (int half = 0; half < kRows / 16; ++half) {
             const uint32_t m[4] = {
                 packed[4 * half], packed[4 * half + 1], packed[4 * half + 2], packed[4 * half + 3]};
             mk::ptx::store_matrices_transposed(at + half * 16 * kBlockRowBytes, m);

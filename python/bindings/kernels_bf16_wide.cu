@@ -1,5 +1,0 @@
-// The megakernels for bf16, row groups of up to 64 rows.
-#include "instructions/mla_decode.cuh"
-
-template void mla::launch_family<kittens::bf16, false>(
-    const mla::MlaGlobals&, bool, mk::Grid, int, cudaStream_t);

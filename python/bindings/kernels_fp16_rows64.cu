@@ -1,0 +1,5 @@
+// The megakernels for fp16, row groups of at most 64 rows.
+#include "instructions/mla_decode.cuh"
+
+template void mla::launch_family<kittens::half, 64>(
+    const mla::MlaGlobals&, bool, mk::Grid, int, cudaStream_t);
