@@ -181,7 +181,7 @@ class ChunkMerge {
             const int row = work.row_of_chunk(own_chunk);
             const int col = own_chunk - row * work.chunks_per_row();
             slot = work.slot(input);
-            at = slot * g.slot_rows + (work.first_row + row) % kMaxRows;
+            at = slot * g.slot_rows + work.first_row + row;
             columns = g.o_scratch + static_cast<int64_t>(at) * kLatentDim + work.col_begin +
                       col * kColumnChunk;
             const int place = team & side_by_side() - 1;

@@ -6,8 +6,9 @@
 // in them means what it meant there: the whole, unsliced.
 //
 // A *sequence* is one KV head of one request. Its *rows* are its (token, head)
-// pairs, row = token * num_heads + head; rows [64 g, 64 g + 64) are a *row group*. A partial
-// works on one whole row group; scratch slots and reductions belong to one.
+// pairs, row = token * num_heads + head; rows [64 g, 64 g + 64) are a *row group*, or as many as a
+// scratch slot holds, see group_rows_of. A partial works on one whole row group; scratch slots and
+// reductions belong to one.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,7 @@
 namespace mla {
 
 inline constexpr int kInstructionWords = 32;
-inline constexpr int kQueueVersion = 2;
+inline constexpr int kQueueVersion = 3;
 
 enum class Opcode : int32_t {
     kEndOfQueue = -1,
@@ -30,11 +31,18 @@ inline constexpr int kRopeDim = 64;
 inline constexpr int kKvTile = 64;              // KV positions per tile; starts are multiples
 inline constexpr int kMaxRows = 64;             // rows of a row group: one wgmma M tile
 inline constexpr int kNarrowRows = 32;          // no group has more: a narrow kernel runs the batch
+inline constexpr int kNarrowestRows = 16;       // another one if none has more than these
 inline constexpr int kNarrowTilesAtOnce = 2;    // one for each of its warpgroups
 inline constexpr int kMaxReductionInputs = 27;  // that a reduction can list
 inline constexpr int kMaxRunInputs = 1 << 16;   // that a reduction can read as a run of slots
 inline constexpr int kMaxMates = 8;             // CTAs that may share a partial
 inline constexpr int kColumnChunk = 64;         // granularity of a reduction's column slice
+
+// Rows of every row group but a sequence's last, by those of a scratch slot. Several small groups
+// instead of a large one read the same keys, but merge faster.
+constexpr int group_rows_of(int slot_rows) {
+    return slot_rows == kNarrowestRows || slot_rows == kNarrowRows ? slot_rows : kMaxRows;
+}
 
 // Word indices shared by all opcodes.
 inline constexpr int kWordOpcode = 0;

@@ -77,7 +77,8 @@ inline uint64_t num_q_rows(const DecodeLayout& layout) {
 
 // Rows of the largest row group. Where sequences differ in their tokens, a slot tells.
 inline int most_group_rows(const DecodeLayout& layout, bool ragged) {
-    return ragged ? layout.slot_rows : std::min(kMaxRows, layout.s_q * layout.num_heads);
+    const int rows = layout.s_q * layout.num_heads;
+    return ragged ? layout.slot_rows : std::min(group_rows_of(layout.slot_rows), rows);
 }
 
 // All rows of a group at once.
@@ -202,7 +203,7 @@ inline MlaGlobals shared_globals(const DecodeLayout& layout, const DecodePointer
     const bool token_is_sequence = !ragged && layout.s_q == 1 && sequence_stride != 0;
     g.lse_token_stride = token_is_sequence ? sequence_stride : token_stride;
     g.lse_head_stride = head_stride;
-    const bool shared = ragged || layout.s_q * layout.num_heads > kMaxRows;
+    const bool shared = ragged || layout.s_q * layout.num_heads > g.q_box_rows;
     g.kv_policy = shared ? mk::ptx::kEvictNormal : mk::ptx::kEvictFirst;
 
     g.q_latent = detail::encode_q_latent(layout, p.q_nope, g.q_box_rows);

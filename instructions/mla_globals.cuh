@@ -17,7 +17,6 @@ static_assert(kInstructionWords == mk::kInstructionWords);
 // box of the copy engine brings a whole tile of KV. Cache blocks of another size have a kernel of
 // their own: its loaders want registers, and code that nobody runs costs others a microsecond. So
 // have batches whose row groups are all narrow, of at most kNarrowRows, or kNarrowestRows.
-inline constexpr int kNarrowestRows = 16;
 template <class Element_, bool kWholeTileBoxes_, int kRows_>
 struct MlaConfig : mk::DefaultConfig {
     using Element = Element_;
@@ -96,7 +95,7 @@ struct MlaGlobals {
     int32_t kv_head_step;  // from one KV head's latent columns to the next one's, in swizzle blocks
     int32_t block_size;    // KV positions per block of the cache
     int32_t kv_box_rows;   // 64 or 16 positions by the copy engine; 0: row by row
-    int32_t q_box_rows;    // 64; in a narrow kernel a multiple of 8
+    int32_t q_box_rows;    // of a row group: 64; in a narrow kernel a multiple of 8
     int32_t num_requests;
     int32_t total_tokens;  // of one KV head
     int32_t s_q;
@@ -152,9 +151,9 @@ struct MlaGlobals {
     }
     __device__ int num_rows_of(int sequence) const { return tokens_of(sequence).count * num_heads; }
 
-    // Row `row` of a slot's row group; only the place within the group counts.
+    // Row `row` of a slot's row group.
     __device__ int64_t scratch_row(uint32_t slot, uint32_t row) const {
-        return uint64_t{slot} * static_cast<uint32_t>(slot_rows) + row % kMaxRows;
+        return uint64_t{slot} * static_cast<uint32_t>(slot_rows) + row;
     }
     // Of a row as the output counts it.
     __device__ void store_lse(int flat_row, float lse_log2) const {

@@ -42,8 +42,8 @@ class NarrowConsumer {
             NarrowPTile<Element, kRows> p[kGroups];  // of the tile that each scored last
             struct {
                 // By warp: what the output is multiplied with, and another partial's.
-                float inverse[mk::DefaultConfig::kNumConsumerWarps][kNarrowRows];
-                float adopted[mk::DefaultConfig::kNumConsumerWarps][kNarrowRows];
+                float inverse[Config::kNumConsumerWarps][kNarrowRows];
+                float adopted[Config::kNumConsumerWarps][kNarrowRows];
             } end;
         };
         NarrowExchange exchange[kGroups];   // maxima; in the end, sums of a warpgroup's own tiles

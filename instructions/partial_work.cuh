@@ -25,7 +25,7 @@ struct PartialWork {
         tokens = g.tokens_of(sequence);
         first_row = words[Words::kQSeq] * g.num_heads + words[Words::kRowBegin];
         num_rows = words[Words::kNumRows];
-        if (num_rows == 0) num_rows = min(kMaxRows, tokens.count * g.num_heads - first_row);
+        if (num_rows == 0) num_rows = min(g.q_box_rows, tokens.count * g.num_heads - first_row);
         num_tiles = num_tiles_of(words);
         num_mates = words[Words::kNumMates];
         mate = words[Words::kMate];

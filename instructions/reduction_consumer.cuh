@@ -13,7 +13,7 @@ class ReductionConsumer {
 
   public:
     __device__ static void run(const MlaGlobals& g, const State& state) {
-        const ReductionWork work(g, state.words());
+        const ReductionWork work(g, state.words(), Config::kRows);
         Scratch& scratch = *reinterpret_cast<Scratch*>(state.scratch());
         const Result result(g, work, scratch.result);
         result.note_sinks();

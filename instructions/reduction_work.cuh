@@ -12,11 +12,13 @@ struct ReductionWork {
 
     const int32_t* listed;  // null: a run
     int num_inputs, run_first, run_step;
-    int dst_batch, first_row, num_rows, col_begin, num_cols;
-    int flat_row;        // first_row as the output counts it
+    int dst_batch, num_rows, col_begin, num_cols;
+    int first_row;       // in its slot
+    int flat_row;        // the same, as the output counts it
     int rows_per_chunk;  // in 1/65536
 
-    __device__ ReductionWork(const MlaGlobals& g, const int32_t* words) {
+    // Row groups begin at multiples of `group_rows`, a power of two.
+    __device__ ReductionWork(const MlaGlobals& g, const int32_t* words, uint32_t group_rows) {
         const auto shape = ReductionShape::unpack(words[Words::kShape]);
         listed = shape.is_run ? nullptr : words + Words::kInputs;
         num_inputs = shape.is_run ? words[Words::kRunCount] : shape.num_listed;
@@ -24,8 +26,8 @@ struct ReductionWork {
         run_step = words[Words::kRunStep];
         dst_batch = words[Words::kDstBatch];
         const int row_offset = shape.is_run ? words[Words::kRunRowOffset] : 0;
-        first_row = words[Words::kDstSeq] * g.num_heads + shape.head_begin + row_offset;
-        flat_row = first_row;
+        flat_row = words[Words::kDstSeq] * g.num_heads + shape.head_begin + row_offset;
+        first_row = static_cast<uint32_t>(flat_row) % group_rows;
         if (!writes_scratch(dst_batch)) flat_row += g.tokens_of(dst_batch).first * g.num_heads;
         num_rows = shape.num_rows > 0 ? shape.num_rows : g.num_heads - shape.head_begin;
         col_begin = shape.col_begin;

@@ -46,7 +46,7 @@ class TreeGrower {
           length_(problem.sequences[sequence].length),
           num_tiles_(problem.num_tiles(sequence)),
           num_gangs_(num_gangs),
-          input_us_(whole_input_us(std::min(problem.sequences[sequence].num_rows, kMaxRows), cost)),
+          input_us_(whole_input_us(problem.rows_from(sequence, 0), cost)),
           tile_us_(cost.tile_us(problem.num_gangs() * problem.gang_size, problem.kv_sharing)) {}
 
     // Grows the tree; false if the sequence is better left in one piece.

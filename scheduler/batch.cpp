@@ -10,7 +10,16 @@ void check_range(const std::string& name, int64_t value, int64_t low, int64_t hi
                                 std::to_string(high) + ", got " + std::to_string(value));
 }
 
+void check_group_rows(int group_rows) {
+    for (const int rows : {kNarrowestRows, kNarrowRows, kMaxRows}) {
+        if (group_rows == rows) return;
+    }
+    throw std::invalid_argument("group_rows: expected 16, 32 or 64, got " +
+                                std::to_string(group_rows));
+}
+
 void check_batch(const Batch& batch) {
+    check_group_rows(batch.group_rows);
     check_range("num_heads", batch.num_heads, 1, kMaxHeads);
     check_range("num_kv_heads", batch.num_kv_heads, 1, INT32_MAX);
     if (batch.new_tokens.size() != batch.seq_lens.size()) {

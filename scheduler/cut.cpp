@@ -89,7 +89,7 @@ int clustered_workers(const Problem& problem,
                       int sequence,
                       double deadline_us) {
     Task task;
-    task.num_rows = std::min(problem.sequences[sequence].num_rows, kMaxRows);
+    task.num_rows = problem.rows_from(sequence, 0);
     task.to_output = true;
     const int tiles = problem.num_tiles(sequence);
     const double begin_us = cost.launch_us + cost.partial_fixed_us;

@@ -97,9 +97,8 @@ class ReductionLowering {
         task.opcode = Opcode::kMlaReduction;
         task.sequence = problem_.sequences[sequence].id;
         for (int group = 0; group < row_groups; ++group) {
-            task.row_begin = group * kMaxRows;
-            task.num_rows =
-                std::min(kMaxRows, problem_.sequences[sequence].num_rows - task.row_begin);
+            task.row_begin = group * problem_.group_rows;
+            task.num_rows = problem_.rows_from(sequence, task.row_begin);
             if (!cut_.trees.empty()) {
                 add_tree(cut_.trees[sequence], first_partial + group, row_groups, task);
                 continue;
@@ -214,21 +213,21 @@ TaskGraph lower_leaves(const Problem& problem, const Cut& cut) {
         const Sequence& sequence = problem.sequences[piece.sequence];
         const bool adopts = piece.begin_tile == 0 && cut.adopts(piece.sequence);
         // All pieces of a sequence have as many tasks.
-        const int tasks_to_last = (cut.num_pieces(piece.sequence) - 1) * sequence.row_groups();
+        const int tasks_to_last = (cut.num_pieces(piece.sequence) - 1) * sequence.row_groups;
         Task task;
         task.opcode = Opcode::kMlaPartial;
         task.sequence = sequence.id;
         task.to_output = !piece.is_adopted && cut.num_results(piece.sequence) == 1;
         task.length = sequence.length;
-        task.kv_sharing = sequence.row_groups();
+        task.kv_sharing = sequence.row_groups;
         task.num_mates = piece.num_mates;
         task.start = piece.begin_tile * kKvTile;
         // The last tile need not be full.
         task.end =
             static_cast<int32_t>(std::min<int64_t>(int64_t{piece.end_tile} * kKvTile, task.length));
-        for (int row = 0; row < sequence.num_rows; row += kMaxRows) {
+        for (int row = 0; row < sequence.num_rows; row += problem.group_rows) {
             task.row_begin = row;
-            task.num_rows = std::min(kMaxRows, sequence.num_rows - row);
+            task.num_rows = problem.rows_from(piece.sequence, row);
             if (adopts) task.adopted = static_cast<int32_t>(graph.tasks.size()) + tasks_to_last;
             graph.tasks.push_back(task);
         }

@@ -28,7 +28,7 @@ void require(bool condition, const std::string& message) {
 void check_size(const Batch& batch) {
     int64_t instructions = 0;
     for (int sequence = 0; sequence < batch.num_sequences(); ++sequence) {
-        instructions += num_row_groups(batch.num_heads, batch.new_tokens[sequence]);
+        instructions += batch.row_groups(sequence);
     }
     for (const TokenRange& range : tokens_to_fill(batch)) {
         instructions += ceil_div(range.end - range.begin, tokens_per_fill(batch.num_heads));

@@ -42,16 +42,18 @@ int tokens_per_fill(int num_heads) {
 Problem make_problem(const Batch& batch, int num_workers) {
     Problem problem;
     problem.num_heads = batch.num_heads;
+    problem.group_rows = batch.group_rows;
     problem.num_workers = num_workers;
     double tiles = 0.0;
     double group_tiles = 0.0;
     for (int id = 0; id < batch.num_sequences(); ++id) {
-        const Sequence sequence{id, batch.seq_lens[id], batch.new_tokens[id] * batch.num_heads};
+        const Sequence sequence{
+            id, batch.seq_lens[id], batch.new_tokens[id] * batch.num_heads, batch.row_groups(id)};
         if (sequence.length == 0 || sequence.num_rows == 0) continue;
         problem.sequences.push_back(sequence);
         tiles += sequence.num_tiles();
-        group_tiles += static_cast<double>(sequence.num_tiles()) * sequence.row_groups();
-        if (sequence.row_groups() != problem.row_groups(0)) problem.uniform = false;
+        group_tiles += static_cast<double>(sequence.num_tiles()) * sequence.row_groups;
+        if (sequence.row_groups != problem.row_groups(0)) problem.uniform = false;
     }
     if (!problem.sequences.empty()) {
         problem.kv_sharing = group_tiles / tiles;

@@ -14,9 +14,9 @@ struct Sequence {
     int32_t id;      // in the batch
     int32_t length;  // KV positions, new tokens included
     int32_t num_rows;
+    int32_t row_groups;
 
     int num_tiles() const { return ceil_div(length, kKvTile); }
-    int row_groups() const { return ceil_div(num_rows, kMaxRows); }
 };
 
 // Workers are counted in gangs, one worker per row group, if all sequences have the same
@@ -26,6 +26,7 @@ struct Problem {
     std::vector<Sequence> sequences;
     std::vector<TokenRange> fills;
     int num_heads = 0;
+    int group_rows = kMaxRows;
     int num_workers = 0;  // CTAs, one per SM
     int gang_size = 1;
     bool uniform = true;      // in row groups
@@ -33,7 +34,12 @@ struct Problem {
 
     int num_sequences() const { return static_cast<int>(sequences.size()); }
     int num_tiles(int sequence) const { return sequences[sequence].num_tiles(); }
-    int row_groups(int sequence) const { return sequences[sequence].row_groups(); }
+    int row_groups(int sequence) const { return sequences[sequence].row_groups; }
+    // Of a sequence's row group from `row` on.
+    int rows_from(int sequence, int row) const {
+        const int left = sequences[sequence].num_rows - row;
+        return left < group_rows ? left : group_rows;
+    }
     // That a piece of this sequence keeps busy.
     int gangs_per_piece(int sequence) const { return row_groups(sequence) / gang_size; }
     int num_gangs() const { return num_workers > gang_size ? num_workers / gang_size : 1; }

@@ -74,8 +74,8 @@ void write_list(const Task& task,
 
 class Parser {
   public:
-    Parser(int num_heads, const NewTokens& new_tokens)
-        : num_heads_(num_heads), new_tokens_(new_tokens) {}
+    Parser(int num_heads, const NewTokens& new_tokens, int group_rows)
+        : num_heads_(num_heads), new_tokens_(new_tokens), group_rows_(group_rows) {}
 
     // False at the end of the queue.
     bool parse(const int32_t* words, int64_t index) {
@@ -130,14 +130,14 @@ class Parser {
         task.end = words_[PartialWords::kEnd];
         task.to_output = words_[PartialWords::kDstBatch] >= 0;
         const int new_tokens = tokens_of(words_[PartialWords::kQBatch]);
-        task.kv_sharing = std::max(1, num_row_groups(num_heads_, new_tokens));
+        task.kv_sharing = std::max(1, ceil_div(num_heads_ * new_tokens, group_rows_));
         // Clamped: only its cost is wanted.
         const int64_t stated = words_[PartialWords::kNumRows];
         const int64_t left =
             int64_t{num_heads_} * (int64_t{new_tokens} - words_[PartialWords::kQSeq]) -
             words_[PartialWords::kRowBegin];
         task.num_rows =
-            static_cast<int32_t>(std::clamp<int64_t>(stated == 0 ? left : stated, 0, kMaxRows));
+            static_cast<int32_t>(std::clamp<int64_t>(stated == 0 ? left : stated, 0, group_rows_));
         const int32_t adopted = words_[PartialWords::kAdopted];
         if (adopted != 0) task.adopted = writer_of(int64_t{adopted} - 1);
     }
@@ -227,6 +227,7 @@ class Parser {
 
     const int num_heads_;
     const NewTokens& new_tokens_;
+    const int group_rows_;
     const int32_t* words_ = nullptr;  // of the instruction in hand
     int64_t index_ = 0;
     TaskGraph graph_;
@@ -283,8 +284,9 @@ int serialise(const TaskGraph& graph,
 TaskGraph parse_tasks(const int32_t* words,
                       int64_t num_instructions,
                       int num_heads,
-                      const NewTokens& new_tokens) {
-    Parser parser(num_heads, new_tokens);
+                      const NewTokens& new_tokens,
+                      int group_rows) {
+    Parser parser(num_heads, new_tokens, group_rows);
     for (int64_t i = 0; i < num_instructions; ++i) {
         if (!parser.parse(words + i * kInstructionWords, i)) break;
     }

@@ -29,6 +29,7 @@ struct NewTokens {
 TaskGraph parse_tasks(const int32_t* words,
                       int64_t num_instructions,
                       int num_heads,
-                      const NewTokens& new_tokens);
+                      const NewTokens& new_tokens,
+                      int group_rows);
 
 }  // namespace mla

@@ -209,11 +209,12 @@ class Validator {
         const int32_t row_begin = words_[PartialWords::kRowBegin];
         check_in(rules::kRows, "row_begin", row_begin, 0, num_rows(sequence) - token_row);
         const int64_t first_row = token_row + row_begin;
-        check(first_row % kMaxRows == 0, rules::kRowGroup, [&] {
+        check(first_row % batch_.group_rows == 0, rules::kRowGroup, [&] {
             return "the first row, " + to_string(first_row) + ", is not a multiple of " +
-                   to_string(kMaxRows);
+                   to_string(batch_.group_rows);
         });
-        const int64_t group_rows = std::min<int64_t>(kMaxRows, num_rows(sequence) - first_row);
+        const int64_t group_rows =
+            std::min<int64_t>(batch_.group_rows, num_rows(sequence) - first_row);
         const int32_t stated_rows = words_[PartialWords::kNumRows];
         check(stated_rows == 0 || stated_rows == group_rows, rules::kRows, [&] {
             return "num_rows is " + to_string(stated_rows) + ", the row group has " +
@@ -293,11 +294,11 @@ class Validator {
         region.row_begin = int64_t{token} * num_heads_ + shape.head_begin + row_offset;
         region.row_end = region.row_begin + num_rows;
         region.columns = columns_of(shape.col_begin, num_cols);
-        check(
-            region.row_begin / kMaxRows == (region.row_end - 1) / kMaxRows, rules::kRowGroup, [&] {
-                return "rows [" + to_string(region.row_begin) + ", " + to_string(region.row_end) +
-                       ") are of more than one row group";
-            });
+        const auto group_of = [&](int64_t row) { return row / batch_.group_rows; };
+        check(group_of(region.row_begin) == group_of(region.row_end - 1), rules::kRowGroup, [&] {
+            return "rows [" + to_string(region.row_begin) + ", " + to_string(region.row_end) +
+                   ") are of more than one row group";
+        });
 
         region.sequence = slot_of(input(inputs, 0)).region.sequence;
         check_in(rules::kToken, "dst_seq", token, 0, batch_.new_tokens[region.sequence]);

@@ -58,9 +58,9 @@ def plan_of(case: Case, **options: Any) -> mla_decode.Plan:
     )
 
 
-def slot_rows(case: Case) -> int:
+def slot_rows(case: Case, group_rows: int = MAX_ROWS) -> int:
     """Rows of the largest row group of a case."""
-    return min(MAX_ROWS, max(1, *case.tokens) * case.heads_per_kv)
+    return min(group_rows, max(1, *case.tokens) * case.heads_per_kv)
 
 
 @dataclass
@@ -75,11 +75,12 @@ class Launch:
     case: Case
 
     @staticmethod
-    def of(case: Case, instructions: Words, num_slots: int) -> Launch:
+    def of(case: Case, instructions: Words, num_slots: int, group_rows: int = MAX_ROWS) -> Launch:
         device = case.q.device
-        workspace = mla_decode.Workspace(device, num_slots, slot_rows(case))
+        sizes = num_slots, slot_rows(case, group_rows)
+        workspace = mla_decode.Workspace(device, *sizes)
         workspace.poison()
-        views = workspace.views(num_slots, slot_rows(case))
+        views = workspace.views(*sizes)
         q = case.q
         out, lse = case.poisoned_outputs()
         if case.h_kv > 1:
@@ -115,7 +116,7 @@ class Launch:
 
     @staticmethod
     def of_plan(case: Case, plan: mla_decode.Plan) -> Launch:
-        return Launch.of(case, plan.instructions, plan.num_slots)
+        return Launch.of(case, plan.instructions, plan.num_slots, plan.group_rows)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -180,9 +181,15 @@ class Launch:
         return [n for n, t in before.items() if not same_bits(t, self.tensors[n])]
 
 
-def run_queue(case: Case, queue: list[Instruction], num_slots: int, **options: Any) -> Launch:
+def run_queue(
+    case: Case,
+    queue: list[Instruction],
+    num_slots: int,
+    group_rows: int = MAX_ROWS,
+    **options: Any,
+) -> Launch:
     """A finished launch of hand-made instructions; ``options`` are the interpreter's."""
-    launch = Launch.of(case, pack(*queue), num_slots)
+    launch = Launch.of(case, pack(*queue), num_slots, group_rows)
     if options:
         interpreter.run(launch.arguments(), **options)
     else:
@@ -198,7 +205,12 @@ def require_attention(launch: Launch) -> Launch:
 
 
 def cut(
-    case: Case, tiles: int, *, runs: bool = True, column_slices: int = 1
+    case: Case,
+    tiles: int,
+    *,
+    runs: bool = True,
+    column_slices: int = 1,
+    group_rows: int = MAX_ROWS,
 ) -> tuple[list[Instruction], int]:
     """A queue for a case that cuts all keys every ``tiles`` tiles; and its scratch slots.
 
@@ -215,7 +227,7 @@ def cut(
         if not length or not rows:
             continue
         starts = range(0, length, tiles * KV_TILE)
-        groups = range(0, rows, MAX_ROWS)
+        groups = range(0, rows, group_rows)
         for number, row in enumerate(groups):
             slots = range(num_slots + number, num_slots + len(starts) * len(groups), len(groups))
             for start, slot in zip(starts, slots, strict=True):
@@ -228,7 +240,8 @@ def cut(
             inputs = slots if runs else tuple(slots)
             width = 512 // column_slices
             for column in range(0, 512, width):
-                for piece in _row_slices(case.heads_per_kv, row, min(row + MAX_ROWS, rows), runs):
+                end_row = min(row + group_rows, rows)
+                for piece in _row_slices(case.heads_per_kv, row, end_row, runs):
                     merges.append(
                         Reduction(
                             uid, sequence, inputs=inputs, col_begin=column, num_cols=width, **piece

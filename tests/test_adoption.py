@@ -16,7 +16,7 @@ from mla_decode.planning import Plan, describe
 from mla_decode.queue_check import check_words
 from mla_decode.reference import Case, make_case
 from mla_decode.trace_file import write_trace
-from mla_decode.words import Instruction, Partial, Reduction
+from mla_decode.words import MAX_ROWS, Instruction, Partial, Reduction
 
 from tests.support import Launch, cut, pack, plan_of, require_attention, run_queue, same_bits
 
@@ -29,12 +29,14 @@ def halves(length: int = 300, middle: int = 128) -> tuple[Partial, Partial]:
     return last, Partial(100, 0, 0, 0, middle, length, adopted=0)
 
 
-def chained(case: Case, tiles: int, pieces: int) -> tuple[list[Instruction], int]:
+def chained(
+    case: Case, tiles: int, pieces: int, group_rows: int = MAX_ROWS
+) -> tuple[list[Instruction], int]:
     """The queue of `cut`, its pieces in chains of ``pieces`` that adopt, each the next; its slots.
 
     A chain's first writes the output, or a slot for the reduction of several chains.
     """
-    queue, num_slots = cut(case, tiles)
+    queue, num_slots = cut(case, tiles, group_rows=group_rows)
     to_slot = {i.slot: i for i in queue if isinstance(i, Partial) and i.slot is not None}
     others: list[Instruction] = []
     for instruction in queue:

@@ -142,7 +142,7 @@ def test_saved_plan_is_plain_text_with_format_version_and_digest(
     plan.save(tmp_path / "plan.json")
     document = json.loads((tmp_path / "plan.json").read_text())
     assert document["format"] == "mla_decode.plan"
-    assert document["queue_version"] == 2
+    assert document["queue_version"] == 3
     assert len(document["sha256"]) == 64
     assert document["instructions"] == plan.instructions.tolist()
 
@@ -155,7 +155,7 @@ def test_plan_of_another_version_is_refused(plan: mla_decode.Plan, tmp_path: Pat
     path = tmp_path / "plan.json"
     plan.save(path)
     _edit(path, queue_version=99)
-    with pytest.raises(QueueVersionError, match=r"expected queue version 2 .*got version 99"):
+    with pytest.raises(QueueVersionError, match=r"expected queue version 3 .*got version 99"):
         mla_decode.Plan.load(path)
 
 

@@ -459,11 +459,11 @@ WORDS = {
         0,
         9,
         8,
-        "word 9 (row_begin): expected a first row that is a multiple of 64, got 8",
+        "word 9 (row_begin): expected a first row that is a multiple of 16, got 8",
     ),
     "row_begin negative": (0, 9, -8, "word 9 (row_begin)"),
-    "num_rows too many": (0, 10, 17, "word 10 (num_rows): expected 64 rows, or all that are left"),
-    "num_rows too few": (0, 10, 8, "word 10 (num_rows): expected 64 rows"),
+    "num_rows too many": (0, 10, 17, "word 10 (num_rows): expected 16 rows, or all that are left"),
+    "num_rows too few": (0, 10, 8, "word 10 (num_rows): expected 16 rows"),
     "num_rows negative": (0, 10, -1, "word 10 (num_rows)"),
     "adopted too high": (
         0,
@@ -819,6 +819,7 @@ def plan_document(**changes: Any) -> plan_file.PlanDocument:
         "worker": np.arange(5, dtype=np.int32),
         "start_us": np.zeros(5, np.float32),
         "end_us": np.ones(5, np.float32),
+        "group_rows": 64,
     }
     return plan_file.PlanDocument(**{**fields, **changes})
 
@@ -833,7 +834,8 @@ MUTATIONS = {
     "total_tokens": (8, "mutated: expected sha256"),
     "total_tokens too large": (2**70, "mutated: expected sha256"),
     "num_slots": (3, "mutated: expected sha256"),
-    "queue_version": (1, "expected queue version 2 of 32 words, got version 1 of 32 words"),
+    "group_rows": (16, "mutated: expected sha256"),
+    "queue_version": (1, "expected queue version 3 of 32 words, got version 1 of 32 words"),
 }
 
 
@@ -850,7 +852,7 @@ def test_mutated_plan_file_is_refused(name: str, tmp_path: Path) -> None:
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("entry", ("new_tokens", "num_kv_heads", "total_tokens"))
+@pytest.mark.parametrize("entry", ("new_tokens", "num_kv_heads", "total_tokens", "group_rows"))
 def test_plan_file_without_a_size_is_refused(entry: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan_file.write(path, plan_document())

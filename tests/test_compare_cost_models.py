@@ -33,11 +33,12 @@ def test_a_variant_of_no_constant_is_refused(changes: str) -> None:
 
 def test_batches_are_of_one_kind_of_kernel() -> None:
     drawn = random_shapes(60, 3)
-    wide, narrow = (batches(kind, 60, 3) for kind in ("wide", "narrow"))
-    assert wide and narrow
-    assert all(shape.num_heads * max(shape.tokens) > cost.NARROW_ROWS for shape in wide)
-    assert all(shape.num_heads * max(shape.tokens) <= cost.NARROW_ROWS for shape in narrow)
-    assert {shape.name for shape in wide + narrow} < {shape.name for shape in drawn}
+    wide, narrow, narrowest = (batches(kind, 60, 3) for kind in cost.KERNELS)
+    assert wide and narrow and narrowest
+    assert all(shape.num_heads * max(shape.tokens) > 32 for shape in wide)
+    assert all(16 < shape.num_heads * max(shape.tokens) <= 32 for shape in narrow)
+    assert all(shape.num_heads * max(shape.tokens) <= 16 for shape in narrowest)
+    assert {shape.name for shape in wide + narrow + narrowest} < {shape.name for shape in drawn}
 
 
 def test_plans_that_are_the_same_are_one() -> None:

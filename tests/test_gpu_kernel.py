@@ -210,6 +210,37 @@ def test_adoption_agrees_with_the_interpreter(
     agree(case, Launch.of(case, words, num_slots), Launch.of(case.to("cpu"), words, num_slots))
 
 
+@pytest.mark.parametrize("group_rows", (16, 32))
+@pytest.mark.parametrize("merge", ("reductions", "mates", "mates and reductions", "adoption"))
+@pytest.mark.parametrize(
+    ("num_heads", "new_tokens", "options"),
+    (
+        (64, 1, {}),
+        (16, 5, {"dtype": torch.float16}),
+        (128, 1, {"block_size": 16}),
+        (9, 5, {"block_size": 1}),  # a last group of fewer rows
+    ),
+)
+def test_groups_of_fewer_rows_agree_with_the_interpreter(
+    num_heads: int, new_tokens: int, options: dict[str, Any], merge: str, group_rows: int
+) -> None:
+    lengths = [4 * KV_TILE + 70, 8 * KV_TILE - 30, 64]
+    sinks = torch.linspace(-3, 9, num_heads, device="cuda")
+    case = make_case(lengths, num_heads, new_tokens, attn_sink=sinks, device="cuda", **options)
+    if merge == "reductions":
+        queue, num_slots = cut(case, 2, group_rows=group_rows)
+    elif merge == "adoption":
+        queue, num_slots = chained(case, 2, 2, group_rows)
+    else:
+        queue, num_slots = shared(case, 2, 1 if merge == "mates" else 2, group_rows)
+    words = pack(*queue)
+    agree(
+        case,
+        Launch.of(case, words, num_slots, group_rows),
+        Launch.of(case.to("cpu"), words, num_slots, group_rows),
+    )
+
+
 @pytest.mark.parametrize("num_heads, new_tokens", [(16, 1), (16, 4), (128, 1)])
 def test_plans_that_adopt_replay_bit_identically(num_heads: int, new_tokens: int) -> None:
     lengths = [700 + 64 * (i % 5) for i in range(150)]

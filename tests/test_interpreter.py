@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from mla_decode import interpreter
 from mla_decode.errors import DeadlockError, QueueError, RangeError
 from mla_decode.reference import Case, make_case
-from mla_decode.words import Fill, Instruction, Noop, Partial, Reduction, decode_words
+from mla_decode.words import (
+    GROUP_ROWS,
+    MAX_ROWS,
+    Fill,
+    Instruction,
+    Noop,
+    Partial,
+    Reduction,
+    decode_words,
+)
 
 from tests.support import Launch, cut, pack, plan_of, same_bits
 
@@ -407,13 +416,18 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def require_same_under_interleaving(
-    case: Case, queue: list[Instruction], num_slots: int, workers: int, seed: int
+    case: Case,
+    queue: list[Instruction],
+    num_slots: int,
+    workers: int,
+    seed: int,
+    group_rows: int = MAX_ROWS,
 ) -> None:
-    in_order = Launch.of(case, pack(*queue), num_slots)
+    in_order = Launch.of(case, pack(*queue), num_slots, group_rows)
     in_order.run()
     errors = in_order.errors()
     assert errors.passed, errors
-    shuffled = Launch.of(case, pack(*queue), num_slots)
+    shuffled = Launch.of(case, pack(*queue), num_slots, group_rows)
     interpreter.run(shuffled.arguments(), num_workers=workers, seed=seed)
     assert same_bits(in_order.o, shuffled.o)
     assert same_bits(in_order.lse, shuffled.lse)
@@ -436,14 +450,20 @@ def test_every_interleaving_of_a_cut_agrees(
 
 @settings(max_examples=30)
 @given(
-    case=cases(), sms=st.integers(1, 160), workers=st.integers(1, 160), seed=st.integers(0, 2**32)
+    case=cases(),
+    sms=st.integers(1, 160),
+    group_rows=st.sampled_from([None, *GROUP_ROWS]),
+    workers=st.integers(1, 160),
+    seed=st.integers(0, 2**32),
 )
 def test_every_plan_validates_and_every_interleaving_agrees(
-    case: Case, sms: int, workers: int, seed: int
+    case: Case, sms: int, group_rows: int | None, workers: int, seed: int
 ) -> None:
-    plan = plan_of(case, num_workers=sms)
+    plan = plan_of(case, num_workers=sms, group_rows=group_rows)
     plan.validate()
-    require_same_under_interleaving(case, plan.decoded(), plan.num_slots, workers, seed)
+    require_same_under_interleaving(
+        case, plan.decoded(), plan.num_slots, workers, seed, plan.group_rows
+    )
 
 
 @pytest.mark.parametrize("policy", ("balanced", "backward", "unsplit", "fixed"))

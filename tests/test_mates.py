@@ -24,6 +24,7 @@ from mla_decode.reference import Case, make_case
 from mla_decode.trace_file import write_trace
 from mla_decode.words import (
     KV_TILE,
+    MAX_ROWS,
     Instruction,
     Noop,
     Partial,
@@ -49,10 +50,12 @@ def gang(whole: Partial, count: int, first_uid: int) -> list[Partial]:
     ]
 
 
-def shared(case: Case, count: int, gangs: int = 1) -> tuple[list[Instruction], int]:
+def shared(
+    case: Case, count: int, gangs: int = 1, group_rows: int = MAX_ROWS
+) -> tuple[list[Instruction], int]:
     """A queue in which mates do every row group, in ``gangs`` pieces; and its scratch slots."""
     longest = max(-(-length // KV_TILE) for length in case.seq_lens)
-    queue, num_slots = cut(case, -(-longest // gangs))
+    queue, num_slots = cut(case, -(-longest // gangs), group_rows=group_rows)
     mates: list[Instruction] = []
     others: list[Instruction] = []
     for instruction in queue:

@@ -28,6 +28,7 @@ BATCHES: list[tuple[list[int], int, int]] = [
     ([1024] * 8, 16, 1),
     ([4096] * 128, 16, 1),
     ([8192] * 32, 64, 1),
+    ([2048] * 20, 32, 1),
     ([4096] * 128, 128, 1),
     ([500 + 37 * i for i in range(150)], 16, 1),
     ([64], 16, 1),
@@ -95,11 +96,11 @@ def test_the_command_writes_a_cost_model_file(tmp_path: Path) -> None:
     assert fit_cost_model.main([str(source), "--output", str(target)]) == 0
     document = json.loads(target.read_text(encoding="utf-8"))
     assert document["device"] == "a test"
-    wide, narrow = (
-        CostModel.from_dict(document["cost"]),
-        CostModel.from_dict(document["narrow_cost"]),
-    )
-    assert wide.partial_tile_compute_us != narrow.partial_tile_compute_us
+    fitted = [
+        CostModel.from_dict(document[key]).partial_tile_compute_us
+        for key in ("cost", "narrow_cost", "narrowest_cost")
+    ]
+    assert len(set(fitted)) == 3
 
 
 def test_a_run_without_a_time_is_rejected() -> None:

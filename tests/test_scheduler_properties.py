@@ -15,6 +15,7 @@ LENGTHS = (
 )
 HEADS = st.sampled_from([1, 3, 8, 9, 16, 32, 63, 64, 126, 128]) | st.integers(1, 128)
 WORKERS = st.integers(1, 264)
+GROUP_ROWS = st.sampled_from([64, 64, 32, 16])
 POLICIES = st.sampled_from(_scheduler.POLICIES)
 
 MICROSECONDS = st.floats(0.0, 100.0)
@@ -43,6 +44,7 @@ class Batch:
     tokens: int | list[int]
     num_kv_heads: int
     total_tokens: int
+    group_rows: int
 
     def plan(
         self, workers: int, cost: CostModel, policy: str = "balanced", split_tiles: int = 0
@@ -57,6 +59,7 @@ class Batch:
             split_tiles,
             total_tokens=self.total_tokens,
             num_kv_heads=self.num_kv_heads,
+            group_rows=self.group_rows,
         )
 
     def validate(self, plan: PlanData) -> None:
@@ -68,6 +71,7 @@ class Batch:
             plan.num_slots,
             total_tokens=self.total_tokens,
             num_kv_heads=self.num_kv_heads,
+            group_rows=self.group_rows,
         )
 
 
@@ -75,7 +79,7 @@ class Batch:
 def uniform_batches(draw: st.DrawFn) -> Batch:
     lens = draw(st.lists(LENGTHS, min_size=1, max_size=40))
     tokens = draw(st.integers(1, 4) | st.integers(1, 16))
-    return Batch(lens, draw(HEADS), tokens, 1, tokens * len(lens))
+    return Batch(lens, draw(HEADS), tokens, 1, tokens * len(lens), draw(GROUP_ROWS))
 
 
 @st.composite
@@ -84,7 +88,8 @@ def mixed_batches(draw: st.DrawFn) -> Batch:
     requests = draw(st.lists(st.tuples(LENGTHS, st.integers(0, 16)), max_size=40 // kv_heads))
     lens, tokens = [n for n, _ in requests], [t for _, t in requests]
     total = sum(tokens) + draw(st.sampled_from([0, 1, 100]))
-    return Batch(lens * kv_heads, draw(HEADS), tokens * kv_heads, kv_heads, total * kv_heads)
+    heads, group_rows = draw(HEADS), draw(GROUP_ROWS)
+    return Batch(lens * kv_heads, heads, tokens * kv_heads, kv_heads, total * kv_heads, group_rows)
 
 
 BATCHES = uniform_batches() | mixed_batches()
@@ -106,7 +111,7 @@ def check_plan(plan: PlanData, batch: Batch, workers: int, cost: CostModel) -> N
     assert words[~scratch, 1].tolist() == list(range(plan.num_slots, len(words)))
 
     worker, start, end, makespan = _scheduler.simulate(
-        words, batch.heads, batch.tokens, workers, cost
+        words, batch.heads, batch.tokens, workers, cost, batch.group_rows
     )
     np.testing.assert_array_equal(worker, plan.worker)
     np.testing.assert_array_equal(end, plan.end_us)
@@ -133,7 +138,7 @@ def test_every_plan_is_valid(batch: Batch, workers: int, policy: str, split_tile
 
 def test_workers_that_tie_are_the_simulators() -> None:
     """Six workers are free at the same time: sums rounded in another order would part them."""
-    batch = Batch([1, 3201, 11265, 13057, 14209], 63, [2, 13, 10, 7, 6], 1, 38)
+    batch = Batch([1, 3201, 11265, 13057, 14209], 63, [2, 13, 10, 7, 6], 1, 38, 64)
     cost = CostModel()
     check_plan(batch.plan(161, cost, "balanced", 1), batch, 161, cost)
 
@@ -152,7 +157,7 @@ def test_a_plan_runs_on_any_number_of_workers(batch: Batch, workers: int) -> Non
     cost = CostModel()
     plan = batch.plan(132, cost)
     worker, _, end, _ = _scheduler.simulate(
-        plan.instructions, batch.heads, batch.tokens, workers, cost
+        plan.instructions, batch.heads, batch.tokens, workers, cost, batch.group_rows
     )
     assert (worker >= 0).all()
     assert (worker < workers).all()
@@ -201,6 +206,7 @@ def test_a_plan_less_one_instruction_is_not_valid(
             plan.num_slots,
             total_tokens=batch.total_tokens,
             num_kv_heads=batch.num_kv_heads,
+            group_rows=batch.group_rows,
         )
     except _scheduler.ScheduleError as error:
         opcode = plan.instructions[dropped, 0]

@@ -3,7 +3,7 @@
     python tools/compare_cost_models.py wide mates_fixed_us=0.2 mates_fixed_us=0.2,mates_kib_us=0.02
 
 A fit to times of whole runs does not tell terms apart that come together; what a model is for is
-choosing plans. Random batches of wide or of narrow kernels are planned under the present model and
+choosing plans. Random batches of one kind of kernels are planned under the present model and
 under each variant of it; the plans that differ are timed side by side, replay by replay. Constants
 chosen by some seeds want to be confirmed by others.
 """
@@ -65,7 +65,7 @@ def batches(kind: str, count: int, seed: int) -> list[Shape]:
     return [
         shape
         for shape in random_shapes(count, seed)
-        if (shape.num_heads * max(shape.tokens) <= cost.NARROW_ROWS) == (kind == "narrow")
+        if cost.kernel_of(shape.num_heads * max(shape.tokens)) == kind
         and MIN_TILES <= sum(-(-length // KV_TILE) for length in shape.seq_lens) <= MAX_TILES
     ]
 
@@ -126,17 +126,16 @@ def compare(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=["wide", "narrow"])
+    parser.add_argument("kind", choices=list(cost.KERNELS))
     parser.add_argument("variants", nargs="+", metavar="NAME=US[,NAME=US...]")
-    parser.add_argument("--batches", type=int, default=48, help="drawn, of both kinds")
+    parser.add_argument("--batches", type=int, default=48, help="drawn, of all kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--replays", type=int, default=11)
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("compare_cost_models: no CUDA GPU", file=sys.stderr)
         return 2
-    rows = cost.NARROW_ROWS if arguments.kind == "narrow" else cost.NARROW_ROWS + 1
-    present = cost.load(torch.cuda.get_device_name(), rows)
+    present = cost.load(torch.cuda.get_device_name(), cost.KERNELS[arguments.kind])
     models = {PRESENT: present} | {text: variant(present, text) for text in arguments.variants}
     shapes = batches(arguments.kind, arguments.batches, arguments.seed)
     for name, gain in compare(shapes, models, arguments.replays).items():

@@ -35,7 +35,7 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "python"))
 
-from mla_decode import _scheduler  # noqa: E402
+from mla_decode import _scheduler, cost  # noqa: E402
 from mla_decode._scheduler import CostModel  # noqa: E402
 
 Vector = npt.NDArray[np.float64]
@@ -183,14 +183,10 @@ def fit(runs: Sequence[Run], base: CostModel, fixed: Sequence[str] = ()) -> Fit:
 
 def by_kernel(entries: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """Split runs by the kernel that they ran in; key in the file, name, runs."""
-    kernels: list[tuple[str, str, list[dict[str, Any]]]] = [
-        ("cost", "wide", []),
-        ("narrow_cost", "narrow", []),
-    ]
+    runs: dict[str, list[dict[str, Any]]] = {kernel: [] for kernel in cost.KERNELS}
     for entry in entries:
-        narrow = entry["num_heads"] * entry["new_tokens"] <= _scheduler.NARROW_ROWS
-        kernels[narrow][2].append(entry)
-    return [kernel for kernel in kernels if kernel[2]]
+        runs[cost.kernel_of(entry["num_heads"] * entry["new_tokens"])].append(entry)
+    return [(cost.file_key(kernel), kernel, own) for kernel, own in runs.items() if own]
 
 
 def report(kernel: str, base: CostModel, result: Fit) -> None:

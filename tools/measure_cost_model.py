@@ -24,6 +24,7 @@ import mla_decode  # noqa: E402
 from mla_decode.measure import decode_us  # noqa: E402
 from mla_decode.planning import clusters_of  # noqa: E402
 from mla_decode.reference import make_case  # noqa: E402
+from mla_decode.words import MAX_ROWS  # noqa: E402
 
 MAX_TOKENS = 600_000  # of one batch: 0.7 GB of cache
 
@@ -57,6 +58,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         run["new_tokens"],
         policy=run["policy"],
         split_tiles=run["split_tiles"],
+        group_rows=MAX_ROWS,  # the fit plans like that
     )
     return run | {"us": decode_us(case, plan, replays=10)}
 

@@ -85,8 +85,10 @@ mla::Batch to_batch(const py::object& seq_lens,
                     int num_heads,
                     const py::object& new_tokens,
                     std::optional<int64_t> total_tokens,
-                    int num_kv_heads) {
+                    int num_kv_heads,
+                    int group_rows) {
     mla::Batch batch;
+    batch.group_rows = group_rows;
     batch.seq_lens = to_integers("seq_lens", seq_lens);
     batch.num_heads = num_heads;
     batch.num_kv_heads = num_kv_heads;
@@ -140,8 +142,10 @@ PlanData plan(const py::object& seq_lens,
               int split_tiles,
               std::optional<int64_t> total_tokens,
               int num_kv_heads,
-              const std::vector<std::pair<int, int>>& clusters) {
-    const mla::Batch batch = to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads);
+              const std::vector<std::pair<int, int>>& clusters,
+              int group_rows) {
+    const mla::Batch batch =
+        to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads, group_rows);
     std::vector<mla::Clusters> limits;
     for (const auto& [ctas, count] : clusters) limits.push_back({ctas, count});
     const mla::Policy policy = mla::parse_policy(policy_name);
@@ -167,9 +171,11 @@ void validate(const WordArray& instructions,
               int num_slots,
               std::optional<int64_t> capacity,
               std::optional<int64_t> total_tokens,
-              int num_kv_heads) {
+              int num_kv_heads,
+              int group_rows) {
     const mla::Queue queue = to_queue(instructions);
-    const mla::Batch batch = to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads);
+    const mla::Batch batch =
+        to_batch(seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads, group_rows);
     mla::validate(queue, batch, num_slots, capacity.value_or(batch.num_sequences()));
 }
 
@@ -177,13 +183,15 @@ py::tuple simulate(const WordArray& instructions,
                    int num_heads,
                    const py::object& new_tokens,
                    int num_workers,
-                   const mla::CostModel& cost) {
+                   const mla::CostModel& cost,
+                   int group_rows) {
     const mla::Queue queue = to_queue(instructions);
     mla::check_cost_model(cost);
+    mla::check_group_rows(group_rows);
     mla::check_range("num_heads", num_heads, 1, mla::kMaxHeads);
     mla::check_range("num_workers", num_workers, 1, mla::kMaxWorkers);
-    const mla::TaskGraph graph =
-        mla::parse_tasks(queue.words, queue.num_instructions, num_heads, to_new_tokens(new_tokens));
+    const mla::TaskGraph graph = mla::parse_tasks(
+        queue.words, queue.num_instructions, num_heads, to_new_tokens(new_tokens), group_rows);
     const mla::Timeline timeline = mla::simulate(graph, mla::queue_order(graph), num_workers, cost);
     std::vector<int32_t> worker;
     std::vector<double> start_us, end_us;
@@ -327,6 +335,7 @@ void bind_constants(py::module_& m) {
     m.attr("KV_TILE") = mla::kKvTile;
     m.attr("MAX_ROWS") = mla::kMaxRows;
     m.attr("NARROW_ROWS") = mla::kNarrowRows;
+    m.attr("NARROWEST_ROWS") = mla::kNarrowestRows;
     m.attr("MAX_REDUCTION_INPUTS") = mla::kMaxReductionInputs;
     m.attr("MAX_MATES") = mla::kMaxMates;
     m.attr("MAX_RUN_INPUTS") = mla::kMaxRunInputs;
@@ -364,7 +373,8 @@ PYBIND11_MODULE(_scheduler, m) {
           py::arg("split_tiles") = 0,
           py::arg("total_tokens") = py::none(),
           py::arg("num_kv_heads") = 1,
-          py::arg("clusters") = std::vector<std::pair<int, int>>());
+          py::arg("clusters") = std::vector<std::pair<int, int>>(),
+          py::arg("group_rows") = mla::kMaxRows);
     m.def("validate",
           &validate,
           py::arg("instructions").noconvert(),
@@ -374,14 +384,17 @@ PYBIND11_MODULE(_scheduler, m) {
           py::arg("num_slots"),
           py::arg("batch") = py::none(),
           py::arg("total_tokens") = py::none(),
-          py::arg("num_kv_heads") = 1);
+          py::arg("num_kv_heads") = 1,
+          py::arg("group_rows") = mla::kMaxRows);
     m.def("simulate",
           &simulate,
           py::arg("instructions").noconvert(),
           py::arg("num_heads"),
           py::arg("new_tokens"),
           py::arg("num_workers"),
-          py::arg("cost"));
+          py::arg("cost"),
+          py::arg("group_rows") = mla::kMaxRows);
+    m.def("group_rows_of", &mla::group_rows_of, py::arg("slot_rows"));
     m.def("get_quality",
           &get_quality,
           py::arg("next_times"),

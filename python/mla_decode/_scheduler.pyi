@@ -24,6 +24,7 @@ ROPE_DIM: Final[int]
 KV_TILE: Final[int]
 MAX_ROWS: Final[int]
 NARROW_ROWS: Final[int]
+NARROWEST_ROWS: Final[int]
 MAX_REDUCTION_INPUTS: Final[int]
 MAX_MATES: Final[int]
 MAX_RUN_INPUTS: Final[int]
@@ -178,6 +179,7 @@ def plan(
     total_tokens: int | None = None,
     num_kv_heads: int = 1,
     clusters: Sequence[tuple[int, int]] = (),
+    group_rows: int = MAX_ROWS,
 ) -> PlanData:
     """Plan a batch.
 
@@ -210,6 +212,9 @@ def plan(
     clusters
         SMs of a cluster, 2, 4 or 8, and how many such run at a time. Where it is better,
         ``"balanced"`` lets those of one size share partials, and then uses no other SMs.
+    group_rows
+        Rows of every row group but a sequence's last: 16, 32 or 64. `cost` is that of kernels for
+        so many.
 
     Raises
     ------
@@ -226,6 +231,7 @@ def validate(
     batch: int | None = None,
     total_tokens: int | None = None,
     num_kv_heads: int = 1,
+    group_rows: int = MAX_ROWS,
 ) -> None:
     """Prove that a queue computes the batch's attention and cannot deadlock.
 
@@ -233,7 +239,7 @@ def validate(
     ----------
     instructions
         ``[n, 32]`` int32. Untrusted: any words are safe to pass.
-    seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads
+    seq_lens, num_heads, new_tokens, total_tokens, num_kv_heads, group_rows
         As in `plan`.
     num_slots
         Scratch slots that exist.
@@ -254,6 +260,7 @@ def simulate(
     new_tokens: int | _Integers,
     num_workers: int,
     cost: CostModel,
+    group_rows: int = MAX_ROWS,
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32], float]:
     """Predict a queue's execution under the GPU's policy of tickets in queue order.
 
@@ -275,6 +282,9 @@ def simulate(
         An unknown opcode, a sequence that `new_tokens` lacks, or an input that no earlier
         instruction writes.
     """
+
+def group_rows_of(slot_rows: int) -> int:
+    """Rows of every row group but a sequence's last, by those of a scratch slot."""
 
 def get_quality(
     next_times: Sequence[float],

@@ -18,10 +18,10 @@ from .words import (
     LATENT_DIM,
     MAX_HEADS,
     MAX_NEW_TOKENS,
-    MAX_ROWS,
     QUEUE_STATE_WORDS,
     ROPE_DIM,
     TIMING_WORDS,
+    group_rows_of,
 )
 
 DTYPES = (torch.bfloat16, torch.float16)  # of queries, cache and output, all the same
@@ -147,6 +147,11 @@ class KernelArguments:
     @property
     def slot_rows(self) -> int:
         return int(self.o_scratch.shape[1])
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of every row group but a sequence's last."""
+        return group_rows_of(self.slot_rows)
 
     def tokens_of(self, sequence: int) -> tuple[int, int]:
         """First token of a sequence, as the output counts them, and how many; host tensors."""
@@ -360,7 +365,7 @@ class _Checker:
         self._shape("lvec_scratch", [a.num_slots, a.slot_rows])
         self._shape("completion_flag", [a.num_slots])
         # With cu_seqlens_q, how many rows there are is known from its values alone.
-        rows = 1 if a.cu_seqlens_q is not None else min(MAX_ROWS, a.s_q * a.num_heads)
+        rows = 1 if a.cu_seqlens_q is not None else min(a.group_rows, a.s_q * a.num_heads)
         if a.num_slots and a.slot_rows < rows:
             raise ShapeError(
                 f"{self._name('o_scratch')}: expected at least {rows} rows per slot, got shape "

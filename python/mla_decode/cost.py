@@ -11,9 +11,21 @@ from pathlib import Path
 
 from ._scheduler import CostModel
 from .errors import MlaDecodeError
-from .words import LATENT_DIM, NARROW_ROWS, ROPE_DIM
+from .words import LATENT_DIM, MAX_ROWS, NARROW_ROWS, NARROWEST_ROWS, ROPE_DIM
 
-__all__ = ["CostModel", "device_slug", "floor_us", "load", "traffic_bytes", "work_flop"]
+__all__ = [
+    "KERNELS",
+    "CostModel",
+    "device_slug",
+    "floor_us",
+    "kernel_of",
+    "load",
+    "traffic_bytes",
+    "work_flop",
+]
+
+KERNELS = {"wide": MAX_ROWS, "narrow": NARROW_ROWS, "narrowest": NARROWEST_ROWS}
+"""Most rows of a row group that each kind of kernel takes."""
 
 _HERE = Path(__file__).resolve().parent
 _DIRECTORIES = (_HERE / "cost_models", _HERE.parents[1] / "scheduler" / "cost_models")
@@ -38,9 +50,9 @@ def load(device_name: str | None = None, rows: int | None = None) -> CostModel:
         the H200, then the scheduler's built-in constants. The file that the environment
         variable ``MLA_DECODE_COST_MODEL`` names wins over all.
     rows : int or None
-        Rows (new tokens times query heads per KV head) of the request that has the most.
-        Batches of at most ``NARROW_ROWS`` run in a kernel of their own, whose constants a
-        file keeps as ``narrow_cost``, if it has any.
+        Rows (new tokens times query heads per KV head) of the largest row group. Each kind of
+        kernel has constants of its own, where a file has them: those of wide kernels as ``cost``,
+        of the others as ``narrow_cost`` and ``narrowest_cost``. Wide ones when None.
 
     Returns
     -------
@@ -51,19 +63,33 @@ def load(device_name: str | None = None, rows: int | None = None) -> CostModel:
     if path is None:
         return CostModel()
     try:
-        wide, narrow = _read(path, path.stat().st_mtime_ns)
+        models = _read(path, path.stat().st_mtime_ns)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise MlaDecodeError(f"cost model {path}: expected a JSON cost model: {error}") from error
-    return narrow if rows is not None and rows <= NARROW_ROWS else wide
+    return models[kernel_of(MAX_ROWS if rows is None else rows)]
+
+
+def kernel_of(rows: int) -> str:
+    """Kind of the kernel that runs row groups of at most so many rows."""
+    return next(kind for kind, most in reversed(KERNELS.items()) if min(rows, MAX_ROWS) <= most)
+
+
+def file_key(kernel: str) -> str:
+    """What the constants of a kind of kernels are called in a file."""
+    return "cost" if kernel == "wide" else f"{kernel}_cost"
 
 
 @lru_cache(maxsize=32)
-def _read(path: Path, mtime_ns: int) -> tuple[CostModel, CostModel]:
-    """Return the models of wide and of narrow kernels."""
+def _read(path: Path, mtime_ns: int) -> dict[str, CostModel]:
+    """Return the model of each kind of kernels; one without constants has the next wider one's."""
     del mtime_ns  # part of the key: a file that changed is read again
     document = json.loads(path.read_text(encoding="utf-8"))
-    wide = document.get("cost", document)
-    return _model(wide), _model(document.get("narrow_cost", wide))
+    constants = document.get("cost", document)
+    models = {}
+    for kernel in KERNELS:
+        constants = document.get(file_key(kernel), constants)
+        models[kernel] = _model(constants)
+    return models
 
 
 def _model(constants: dict[str, float]) -> CostModel:

@@ -15,7 +15,7 @@ import torch
 
 from .arguments import KernelArguments
 from .errors import RangeError
-from .words import LATENT_DIM, MAX_ROWS, Fill, Partial, Reduction
+from .words import LATENT_DIM, Fill, Partial, Reduction
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
@@ -72,7 +72,7 @@ def attend(arguments: KernelArguments, partial: Partial, kv: KvCache) -> State:
     """Attention of a row group over the keys of a partial."""
     a = arguments
     first_token, num_tokens = a.tokens_of(partial.q_batch)
-    own = partial.rows(a.num_heads, num_tokens * a.num_heads)
+    own = partial.rows(a.num_heads, num_tokens * a.num_heads, a.group_rows)
     rows = torch.arange(own.start, own.stop)
     tokens, heads = rows // a.num_heads, rows % a.num_heads
     q_nope = a.q_nope[first_token + tokens, heads].float()
@@ -109,7 +109,7 @@ def adopt(arguments: KernelArguments, partial: Partial, state: State) -> State:
     """What a partial found, merged with what it adopts, if anything."""
     if partial.adopted is None:
         return state
-    rows = _rows_in_slot(_rows_of(arguments, partial))
+    rows = _rows_in_slot(arguments, _rows_of(arguments, partial))
     out, lse_log2 = arguments.o_scratch[partial.adopted], arguments.lvec_scratch[partial.adopted]
     return merge((state, State(out[rows], lse_log2[rows])))
 
@@ -118,7 +118,7 @@ def run_reduction(arguments: KernelArguments, reduction: Reduction) -> None:
     """Merge of scratch slots, weighted by their log-sum-exps."""
     a = arguments
     own, own_columns = reduction.rows(a.num_heads), reduction.columns()
-    in_slot, columns = _rows_in_slot(own), slice(own_columns.start, own_columns.stop)
+    in_slot, columns = _rows_in_slot(a, own), slice(own_columns.start, own_columns.stop)
     inputs = slot_index(reduction.inputs)
     states = State(a.o_scratch[inputs, in_slot, columns], a.lvec_scratch[inputs, in_slot])
     _store(a, reduction, own, columns, _merge(states))
@@ -159,12 +159,12 @@ def slot_index(inputs: tuple[int, ...] | range) -> list[int] | slice:
 def _rows_of(a: KernelArguments, partial: Partial) -> range:
     """Rows of its sequence that a partial works on."""
     _, num_tokens = a.tokens_of(partial.q_batch)
-    return partial.rows(a.num_heads, num_tokens * a.num_heads)
+    return partial.rows(a.num_heads, num_tokens * a.num_heads, a.group_rows)
 
 
-def _rows_in_slot(rows: range) -> slice:
+def _rows_in_slot(a: KernelArguments, rows: range) -> slice:
     """Where rows of a sequence lie in a slot of their row group."""
-    first = rows.start % MAX_ROWS
+    first = rows.start % a.group_rows
     return slice(first, first + len(rows))
 
 
@@ -179,7 +179,7 @@ def _store(
     if instruction.slot is None:
         _store_output(a, instruction.dst_batch, rows, columns, state)
         return
-    in_slot = _rows_in_slot(rows)
+    in_slot = _rows_in_slot(a, rows)
     a.o_scratch[instruction.slot, in_slot, columns] = state.out
     a.lvec_scratch[instruction.slot, in_slot] = state.lse_log2
 

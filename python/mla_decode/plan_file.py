@@ -35,6 +35,7 @@ _INTEGERS = (
     "num_workers",
     "split_tiles",
     "num_slots",
+    "group_rows",
 )
 
 
@@ -56,6 +57,7 @@ class PlanDocument:
     worker: npt.NDArray[np.int32]
     start_us: npt.NDArray[np.float32]
     end_us: npt.NDArray[np.float32]
+    group_rows: int
 
     def sha256(self) -> str:
         """Digest over the sizes, the lengths, the new tokens and the words."""
@@ -66,6 +68,7 @@ class PlanDocument:
             "num_kv_heads": self.num_kv_heads,
             "total_tokens": self.total_tokens,
             "num_slots": self.num_slots,
+            "group_rows": self.group_rows,
             "requests": self.seq_lens.size,
         }
         digest = hashlib.sha256(json.dumps(sizes).encode())

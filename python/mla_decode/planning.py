@@ -18,6 +18,7 @@ from .cost import CostModel
 from .errors import RangeError, ScheduleError, ShapeError, UnsupportedError, schedule_errors
 from .lengths import NewTokens, SeqLens, host_new_tokens, host_seq_lens
 from .words import (
+    GROUP_ROWS,
     MAX_HEADS,
     MAX_ROWS,
     Fill,
@@ -70,6 +71,8 @@ class Plan:
     start_us: npt.NDArray[np.float32]
     end_us: npt.NDArray[np.float32]
     """``[n]`` predicted times, microseconds from the launch."""
+    group_rows: int = MAX_ROWS
+    """Rows of every row group but a request's last: 64, 32 or 16."""
     _on_device: dict[torch.device, torch.Tensor] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -108,7 +111,7 @@ class Plan:
     @cached_property
     def slot_rows(self) -> int:
         """Rows of a scratch slot: those of the largest row group."""
-        return min(MAX_ROWS, self.max_new_tokens * self.heads_per_kv)
+        return min(self.group_rows, self.max_new_tokens * self.heads_per_kv)
 
     @cached_property
     def max_new_tokens(self) -> int:
@@ -158,10 +161,11 @@ class Plan:
         fills = sum(isinstance(i, Fill) for i in decoded)
         filling = f", {fills} fills" if fills else ""
         multiple = self.predicted_us / self.floor_us
+        groups = f", rows in groups of {self.group_rows}" if self.group_rows < MAX_ROWS else ""
         return (
             f"{self.num_instructions} instructions ({partials} partials, {reductions} reductions"
-            f"{filling}) on {self.num_workers} workers, {self.num_slots} scratch slots, policy "
-            f"{self.policy}, predicted {self.predicted_us:.1f} us ({multiple:.2f} x floor)"
+            f"{filling}{groups}) on {self.num_workers} workers, {self.num_slots} scratch slots, "
+            f"policy {self.policy}, predicted {self.predicted_us:.1f} us ({multiple:.2f} x floor)"
         )
 
     def table(self) -> str:
@@ -194,6 +198,7 @@ class Plan:
                 self.num_slots,
                 total_tokens=self.total_tokens * self.num_kv_heads,
                 num_kv_heads=self.num_kv_heads,
+                group_rows=self.group_rows,
             )
         object.__setattr__(self, "_proved", True)
 
@@ -324,6 +329,7 @@ class Plan:
                 worker=self.worker,
                 start_us=self.start_us,
                 end_us=self.end_us,
+                group_rows=self.group_rows,
             ),
         )
 
@@ -360,6 +366,7 @@ def plan(
     split_tiles: int = 0,
     batch_invariant: bool = False,
     clusters: bool = True,
+    group_rows: int | None = None,
     cost_model: CostModel | None = None,
     validate: bool = False,
 ) -> Plan:
@@ -399,8 +406,13 @@ def plan(
     clusters : bool
         Let ``balanced`` share pieces among the SMs of a thread-block cluster, where that is
         expected to be faster. Such a plan runs on GPUs only that run as many clusters at a time.
+    group_rows : int, optional
+        Rows that SMs work on together, 64, 32 or 16 (a row is one query head of one new token).
+        Several small groups read the same keys, but are merged faster. When None, ``balanced``
+        without a ``cost_model`` takes what is expected to be fastest, all else 64.
     cost_model : CostModel, optional
-        Microseconds that things take; by default those fitted on ``device``.
+        Microseconds that things take, in kernels for so many rows; by default those fitted on
+        ``device``.
     validate : bool
         Validate the queue before returning it. The planner's queues are valid by
         construction, so this is off; `Plan.load` always does.
@@ -435,23 +447,37 @@ def plan(
     if num_workers is None:
         num_workers = native.num_sms(gpu) if gpu is not None else DEFAULT_NUM_WORKERS
     checks.require_int("num_workers", num_workers, 1, 1 << 16)
-    if cost_model is None:
-        name = torch.cuda.get_device_name(gpu) if gpu is not None else None
-        most = tokens if isinstance(tokens, int) else max(tokens, default=0)
-        cost_model = cost.load(name, most * heads)
-    with schedule_errors():
-        data = _scheduler.plan(
+    if group_rows is not None and group_rows not in GROUP_ROWS:
+        raise RangeError(f"group_rows: expected one of {GROUP_ROWS}, got {group_rows!r}")
+    seq_tokens = sequence_tokens(tokens, num_kv_heads)
+    device_name = torch.cuda.get_device_name(gpu) if gpu is not None else None
+    usable_clusters = clusters_of(gpu) if clusters else ()
+
+    def plan_in_groups(rows: int) -> _scheduler.PlanData:
+        most = heads * (tokens if isinstance(tokens, int) else max(tokens, default=0))
+        return _scheduler.plan(
             sequence_values(lengths, num_kv_heads),
             heads,
-            sequence_tokens(tokens, num_kv_heads),
+            seq_tokens,
             num_workers,
-            cost_model,
+            cost_model or cost.load(device_name, min(most, rows)),
             policy,
             split_tiles,
             total_tokens=total * num_kv_heads,
             num_kv_heads=num_kv_heads,
-            clusters=clusters_of(gpu) if clusters else (),
+            clusters=usable_clusters,
+            group_rows=rows,
         )
+
+    with schedule_errors():
+        chosen = MAX_ROWS if group_rows is None else group_rows
+        data = plan_in_groups(chosen)
+        if group_rows is None and policy == "balanced" and cost_model is None:
+            rows = np.where(sequence_values(lengths, num_kv_heads) > 0, seq_tokens, 0) * heads
+            for fewer in _smaller_groups(rows, num_workers):
+                other = plan_in_groups(fewer)
+                if other.predicted_us < data.predicted_us:
+                    chosen, data = fewer, other
     made = Plan(
         seq_lens=lengths,
         num_heads=num_heads,
@@ -467,11 +493,26 @@ def plan(
         worker=np.asarray(data.worker),
         start_us=np.asarray(data.start_us),
         end_us=np.asarray(data.end_us),
+        group_rows=chosen,
     )
     object.__setattr__(made, "_proved", True)
     if validate:
         made.validate()
     return made
+
+
+def _smaller_groups(rows: npt.NDArray[np.integer], num_workers: int) -> list[int]:
+    """Sizes of row groups below 64 that may be worth a plan, for sequences of so many rows.
+
+    SMs that read the same keys can only win where most would have nothing to do: where the smaller
+    groups are few.
+    """
+    return [
+        size
+        for size in reversed(GROUP_ROWS)
+        if size < min(rows.max(initial=0), MAX_ROWS)
+        and 2 * int((-(-rows // size)).sum()) <= num_workers
+    ]
 
 
 def clusters_of(gpu: torch.device | None) -> tuple[tuple[int, int], ...]:

@@ -19,7 +19,6 @@ from .words import (
     KV_TILE,
     LATENT_DIM,
     MAX_REDUCTION_INPUTS,
-    MAX_ROWS,
     MAX_RUN_INPUTS,
     OPCODE_MLA_FILL,
     OPCODE_MLA_PARTIAL,
@@ -27,6 +26,7 @@ from .words import (
     OPCODE_NOOP,
     Words,
     find_mates,
+    group_rows_of,
     queue_length,
 )
 
@@ -55,6 +55,11 @@ class QueueLimits:
     num_tokens: int  # tokens of the output, those of all KV heads
     num_slots: int  # scratch slots
     slot_rows: int  # rows of a scratch slot
+
+    @property
+    def group_rows(self) -> int:
+        """Rows of every row group but a sequence's last."""
+        return group_rows_of(self.slot_rows)
 
 
 def check_words(instructions: Words, limits: QueueLimits) -> None:
@@ -129,19 +134,22 @@ class _Partials(_Instructions):
         need(token, 5, "q_seq", "a new token of the sequence")
         need(w[:, 3] == w[:, 5], 3, "dst_seq", "the same as q_seq")
         capacity = _per_sequence(lim.max_length, w[:, 4])
-        most = f"{capacity.max(initial=0)}" if isinstance(lim.max_length, int) else "its block ids'"
-        need((w[:, 8] >= 1) & (w[:, 8] <= capacity), 8, "length", f"1 to {most}")
+        limit = (
+            f"{capacity.max(initial=0)}" if isinstance(lim.max_length, int) else "its block ids'"
+        )
+        need((w[:, 8] >= 1) & (w[:, 8] <= capacity), 8, "length", f"1 to {limit}")
         need((w[:, 6] >= 0) & (w[:, 6] % KV_TILE == 0), 6, "start", f"a multiple of {KV_TILE}")
         need((w[:, 7] > w[:, 6]) & (w[:, 7] <= w[:, 8]), 7, "end", "above start, at most length")
         whole_tiles = (w[:, 7] % KV_TILE == 0) | (w[:, 7] == w[:, 8])
         need(whole_tiles, 7, "end", f"a multiple of {KV_TILE} or the length")
         first = w[:, 5] * lim.num_heads + w[:, 9]
         need((w[:, 9] >= 0) & (first < rows), 9, "row_begin", "a (token, head) row of the sequence")
-        need(first % MAX_ROWS == 0, 9, "row_begin", f"a first row that is a multiple of {MAX_ROWS}")
+        most = lim.group_rows
+        need(first % most == 0, 9, "row_begin", f"a first row that is a multiple of {most}")
         # The kernel moves whole groups: a smaller one would overwrite the rows after it.
-        group = np.minimum(MAX_ROWS, rows - first)
+        group = np.minimum(most, rows - first)
         whole = (w[:, 10] == 0) | (w[:, 10] == group)
-        need(whole, 10, "num_rows", f"{MAX_ROWS} rows, or all that are left if fewer (0)")
+        need(whole, 10, "num_rows", f"{most} rows, or all that are left if fewer (0)")
         # Of sequences that differ in their rows, a slot tells the kernel how many a group can have.
         differ = isinstance(lim.rows, tuple)
         fits = ~(slot | differ) | (group <= lim.slot_rows)
@@ -202,8 +210,8 @@ class _Reductions(_Instructions):
         need(offset >= 0, 8, "row_offset", "at least 0")
         first = w[:, 4] * lim.num_heads + head + offset
         need(first + count <= rows, 2, "shape", "(token, head) rows of the sequence")
-        group_end = first % MAX_ROWS + count
-        need(group_end <= MAX_ROWS, 2, "shape", f"rows in one row group of {MAX_ROWS}")
+        group_end = first % lim.group_rows + count
+        need(group_end <= lim.group_rows, 2, "shape", f"rows in one row group of {lim.group_rows}")
         in_slots = f"rows that a scratch slot holds ({lim.slot_rows})"
         need(group_end <= lim.slot_rows, 2, "shape", in_slots)
 

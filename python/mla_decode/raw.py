@@ -113,7 +113,8 @@ def mla_decode(
     o_scratch, lvec_scratch, completion_flag : Tensor
         ``[slots, slot_rows, 512]`` fp32, ``[slots, slot_rows]`` fp32 and ``[slots]`` int32,
         written; slot count of the plan, ``slot_rows`` the (token, head) rows of a request,
-        at most 64. ``completion_flag`` is zeroed once, at creation.
+        at most 64. With 32 or 16 the queue's row groups have so many rows, whatever a request
+        has, otherwise 64 (`Plan.group_rows`). ``completion_flag`` is zeroed once, at creation.
     softmax_scale : float
         Multiplies the scores before the softmax.
     tic : int

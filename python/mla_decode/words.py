@@ -29,6 +29,7 @@ from ._scheduler import (
     MAX_ROWS,
     MAX_RUN_INPUTS,
     NARROW_ROWS,
+    NARROWEST_ROWS,
     OPCODE_END_OF_QUEUE,
     OPCODE_MLA_FILL,
     OPCODE_MLA_PARTIAL,
@@ -36,12 +37,14 @@ from ._scheduler import (
     OPCODE_NOOP,
     QUEUE_VERSION,
     ROPE_DIM,
+    group_rows_of,
 )
 from .errors import QueueError
 
 __all__ = [
     "CLUSTER_SIZES",
     "COLUMN_CHUNK",
+    "GROUP_ROWS",
     "INSTRUCTION_WORDS",
     "KV_TILE",
     "LATENT_DIM",
@@ -50,6 +53,7 @@ __all__ = [
     "MAX_REDUCTION_INPUTS",
     "MAX_ROWS",
     "MAX_RUN_INPUTS",
+    "NARROWEST_ROWS",
     "NARROW_ROWS",
     "OPCODE_END_OF_QUEUE",
     "OPCODE_MLA_FILL",
@@ -69,13 +73,14 @@ __all__ = [
     "decode_queue",
     "decode_words",
     "find_mates",
-    "group_rows",
+    "group_rows_of",
     "queue_length",
 ]
 
 Words: TypeAlias = npt.NDArray[np.int32]
 
 CLUSTER_SIZES = tuple(1 << i for i in range(1, MAX_MATES.bit_length()))  # mates of a partial
+GROUP_ROWS = (NARROWEST_ROWS, NARROW_ROWS, MAX_ROWS)  # that a row group may have
 QUEUE_STATE_WORDS = 32  # int32 words of the queue state
 TIMING_WORDS = 8  # int32 words of one instruction's timing record
 
@@ -122,7 +127,7 @@ class Partial:
 
     ``dst_batch >= 0`` names the sequence whose output it writes, ``dst_batch < 0`` the
     scratch slot ``-dst_batch - 1``. Its first row is ``q_seq * num_heads + row_begin``, a
-    multiple of 64; ``num_rows`` 0 stands for all of the row group.
+    multiple of a row group's rows, 64, 32 or 16; ``num_rows`` 0 stands for all of the group.
 
     ``num_mates`` 2, 4 or 8 partials, *mates*, share one destination: neighbours in the queue,
     ``mate`` 0 first, at a position that is a multiple of ``num_mates``. Their ranges of keys
@@ -178,10 +183,10 @@ class Partial:
         """Scratch slots that it reads: the adopted one, if any."""
         return () if self.adopted is None else (self.adopted,)
 
-    def rows(self, num_heads: int, sequence_rows: int) -> range:
-        """Rows of its sequence, which has ``sequence_rows`` of them."""
+    def rows(self, num_heads: int, sequence_rows: int, group_rows: int = MAX_ROWS) -> range:
+        """Rows of its sequence, which has ``sequence_rows`` in groups of ``group_rows``."""
         first = self.q_seq * num_heads + self.row_begin
-        return range(first, first + (self.num_rows or group_rows(first, sequence_rows)))
+        return range(first, first + (self.num_rows or min(group_rows, sequence_rows - first)))
 
 
 @dataclass(frozen=True)
@@ -274,11 +279,6 @@ class Fill:
 
 
 Instruction: TypeAlias = Noop | Partial | Reduction | Fill
-
-
-def group_rows(first_row: int, sequence_rows: int) -> int:
-    """Rows of the row group that starts at ``first_row``: 64, the last group may be shorter."""
-    return min(MAX_ROWS, sequence_rows - first_row)
 
 
 def decode_words(row: Sequence[int] | Words) -> Instruction | None:

@@ -1,0 +1,238 @@
+"""Row groups of 32 or 16 rows instead of 64: words, checks, results, and who plans them when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mla_decode
+import numpy as np
+import pytest
+import torch
+from mla_decode import _scheduler, cost
+from mla_decode.errors import QueueError, RangeError, ScheduleError, ShapeError
+from mla_decode.reference import Case, make_case
+from mla_decode.words import GROUP_ROWS, MAX_ROWS, Partial, Reduction, group_rows_of
+
+from tests.support import Launch, cut, pack, plan_of, require_attention, run_queue
+from tests.test_adoption import chained
+from tests.test_mates import shared
+from tests.test_mla import VARIANTS, decode_errors, variant
+
+SMALL = (16, 32)
+LENGTHS = [700, 1, 300, 64, 0, 130]
+SIZES = [(64, 1), (16, 4), (12, 5), (128, 1), (20, 2), (9, 1)]  # heads, new tokens
+
+_SHARED: dict[str, Callable[[Case, int], tuple[list[Any], int]]] = {
+    "reductions": lambda case, rows: cut(case, 2, group_rows=rows),
+    "mates": lambda case, rows: shared(case, 2, 1, rows),
+    "mates and reductions": lambda case, rows: shared(case, 2, 2, rows),
+    "adoption": lambda case, rows: chained(case, 2, 2, rows),
+}
+
+
+def require_decoded(case: Case, plan: mla_decode.Plan) -> None:
+    errors = decode_errors(case, plan=plan)
+    assert errors.passed, errors
+
+
+def partials(plan: mla_decode.Plan) -> list[Partial]:
+    return [i for i in plan.decoded() if isinstance(i, Partial)]
+
+
+# Words
+
+
+def test_a_slots_rows_say_how_large_groups_are() -> None:
+    assert [group_rows_of(rows) for rows in (16, 32, 64)] == [16, 32, 64]
+    assert {group_rows_of(rows) for rows in (0, 1, 15, 17, 31, 33, 63)} == {64}
+
+
+@pytest.mark.parametrize("group_rows", GROUP_ROWS)
+@pytest.mark.parametrize("heads, tokens", SIZES)
+def test_groups_begin_at_multiples_and_are_whole(heads: int, tokens: int, group_rows: int) -> None:
+    plan = mla_decode.plan(LENGTHS, heads, tokens, group_rows=group_rows, validate=True)
+    assert plan.group_rows == group_rows
+    assert plan.slot_rows == min(group_rows, heads * tokens)
+    for partial in partials(plan):
+        assert partial.row_begin % group_rows == 0
+        assert partial.num_rows == min(group_rows, heads * tokens - partial.row_begin)
+    for merge in plan.decoded():
+        if isinstance(merge, Reduction):
+            rows = merge.rows(heads)
+            assert rows[0] // group_rows == rows[-1] // group_rows
+
+
+def test_plans_are_valid_for_their_groups_only() -> None:
+    plan = mla_decode.plan([700, 65], 64, group_rows=16)
+    arguments = ([700, 65], 64, 1, plan.num_slots)
+    _scheduler.validate(plan.instructions, *arguments, group_rows=16)
+    for group_rows in (32, 64):
+        with pytest.raises(_scheduler.ScheduleError, match=r"\(rule: row(s|-group)\)$"):
+            _scheduler.validate(plan.instructions, *arguments, group_rows=group_rows)
+
+
+def test_no_merge_goes_across_groups() -> None:
+    queue = [
+        Partial(uid=i, dst_batch=-i - 1, q_batch=0, start=0, end=64, length=64, row_begin=16 * i)
+        for i in range(4)
+    ]
+    merge = Reduction(9, 0, 0, range(4), num_rows=32)
+    with pytest.raises(_scheduler.ScheduleError, match=r"one row group \(rule: row-group\)$"):
+        _scheduler.validate(pack(*queue, merge), [64], 64, 1, 4, group_rows=16)
+
+
+@pytest.mark.parametrize("group_rows", (0, 8, 48, 128))
+def test_other_sizes_are_refused(group_rows: int) -> None:
+    with pytest.raises(RangeError, match=rf"group_rows: expected one of .*got {group_rows}"):
+        mla_decode.plan([64], 64, group_rows=group_rows)
+    with pytest.raises(ValueError, match=rf"group_rows: expected 16, 32 or 64, got {group_rows}"):
+        _scheduler.plan([64], 64, 1, 132, _scheduler.CostModel(), group_rows=group_rows)
+    words = mla_decode.plan([64], 64).instructions
+    with pytest.raises(ValueError, match=rf"group_rows: expected 16, 32 or 64, got {group_rows}"):
+        _scheduler.simulate(words, 64, 1, 132, _scheduler.CostModel(), group_rows=group_rows)
+
+
+def test_a_launch_with_slots_of_other_rows_is_refused() -> None:
+    case = make_case([700], 64, 1)
+    plan = plan_of(case, group_rows=16, clusters=False)
+    Launch.of(case, plan.instructions, plan.num_slots, 16).run()
+    with pytest.raises(QueueError, match=r"\(row_begin\): expected a first row .* of 32, got 16"):
+        Launch.of(case, plan.instructions, plan.num_slots, 32).run()
+    with pytest.raises(QueueError, match=r"\(row_begin\): expected a first row .* of 64, got 16"):
+        Launch.of(case, plan.instructions, plan.num_slots).run()
+    with pytest.raises(ShapeError, match="o_scratch: expected at least 64 rows per slot"):
+        Launch.of(case, plan.instructions, plan.num_slots, 24).run()
+
+
+def test_saved_plans_keep_their_groups(tmp_path: Path) -> None:
+    made = mla_decode.plan([402], 128)
+    for name in ("plan.json", "plan.npz"):
+        made.save(tmp_path / name)
+        loaded = mla_decode.Plan.load(tmp_path / name)
+        assert loaded.group_rows == made.group_rows == 16
+        np.testing.assert_array_equal(loaded.instructions, made.instructions)
+
+
+# Results
+
+
+@pytest.mark.parametrize("group_rows", SMALL)
+@pytest.mark.parametrize("policy", ("balanced", "fixed", "backward", "unsplit"))
+@pytest.mark.parametrize("heads, tokens", SIZES)
+def test_plans_give_attention(heads: int, tokens: int, policy: str, group_rows: int) -> None:
+    case = make_case(LENGTHS, heads, tokens)
+    options = {"policy": policy, "split_tiles": 2 if policy == "fixed" else 0}
+    plan = plan_of(case, group_rows=group_rows, **options)
+    require_decoded(case, plan)
+
+
+@pytest.mark.parametrize("group_rows", SMALL)
+@pytest.mark.parametrize("merge", _SHARED)
+@pytest.mark.parametrize("heads, tokens", [(64, 1), (12, 5)])
+def test_every_kind_of_merge_gives_attention(
+    heads: int, tokens: int, merge: str, group_rows: int
+) -> None:
+    case = make_case([500, 300], heads, tokens, attn_sink=torch.linspace(-3, 9, heads))
+    queue, num_slots = _SHARED[merge](case, group_rows)
+    require_attention(run_queue(case, queue, num_slots, group_rows))
+
+
+@pytest.mark.parametrize("group_rows", SMALL)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_give_attention(name: str, group_rows: int) -> None:
+    case = variant(name, [130, 1, 0, 700, 64, 3], 24)
+    require_decoded(case, plan_of(case, group_rows=group_rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_rows", SMALL)
+@pytest.mark.parametrize("lengths", [[130, 1, 0, 700, 64, 3], [9000, 40, 0, 33000, 1, 64]], ids=str)
+@pytest.mark.parametrize("heads_per_kv", (24, 64, 128))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_gpu_variants(name: str, heads_per_kv: int, lengths: list[int], group_rows: int) -> None:
+    case = variant(name, lengths, heads_per_kv, "cuda")
+    require_decoded(case, plan_of(case, group_rows=group_rows))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group_rows", SMALL)
+@pytest.mark.parametrize("heads, tokens", SIZES)
+def test_gpu_plans_that_adopt(heads: int, tokens: int, group_rows: int) -> None:
+    lengths = [700 + 64 * (i % 5) for i in range(75)]
+    case = make_case(lengths, heads, tokens, device="cuda")
+    require_decoded(case, plan_of(case, group_rows=group_rows))
+
+
+# When the planner has them
+
+
+def test_few_short_requests_are_planned_in_small_groups() -> None:
+    for lengths, heads, tokens in (([402], 128, 1), ([333] * 3, 64, 1), ([500] * 2, 16, 2)):
+        plan = mla_decode.plan(lengths, heads, tokens)
+        assert plan.group_rows == 16
+        assert "rows in groups of 16" in plan.summary()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads"), [([131072], 128), ([4096] * 128, 64), ([8192] * 32, 64), ([402], 16)]
+)
+def test_long_and_large_batches_are_not(lengths: list[int], heads: int) -> None:
+    plan = mla_decode.plan(lengths, heads)
+    assert plan.group_rows == MAX_ROWS
+    assert "groups" not in plan.summary()
+
+
+def test_the_planner_takes_what_is_predicted_to_be_fastest() -> None:
+    chosen = set()
+    for tiles in range(1, 100, 7):
+        lengths = [64 * tiles] * 4
+        plans = [mla_decode.plan(lengths, 64, group_rows=rows) for rows in GROUP_ROWS]
+        best = mla_decode.plan(lengths, 64)
+        assert best.predicted_us == min(plan.predicted_us for plan in plans)
+        chosen.add(best.group_rows)
+    assert len(chosen) > 1
+
+
+def test_who_asks_for_something_else_gets_groups_of_64() -> None:
+    wide = cost.load(None, MAX_ROWS)
+    options: list[dict[str, Any]] = [
+        {"policy": "unsplit"},
+        {"batch_invariant": True},
+        {"cost_model": wide},
+    ]
+    for option in options:
+        assert mla_decode.plan([402], 128, **option).group_rows == MAX_ROWS
+
+
+def test_sequences_without_keys_or_tokens_count_for_nothing() -> None:
+    plan = mla_decode.plan([402, 0, 500], 128, [1, 1, 0])
+    assert plan.group_rows == 16
+    assert mla_decode.plan([0, 0], 128).group_rows == MAX_ROWS
+
+
+def test_groups_that_read_the_same_keys_are_not_in_each_others_way() -> None:
+    """Four row groups of one sequence, and four sequences of one."""
+    busy = _scheduler.CostModel(partial_tile_contention_us=1.0)
+    together = _scheduler.plan([640], 64, 1, 4, busy, "unsplit", group_rows=16).instructions
+    apart = _scheduler.plan([640] * 4, 16, 1, 4, busy, "unsplit", group_rows=16).instructions
+    us = [
+        _scheduler.simulate(words, heads, 1, 4, busy, group_rows=16)[3]
+        for words, heads in ((together, 64), (apart, 16))
+    ]
+    assert us[0] < us[1]
+
+
+def test_a_decode_call_without_a_plan_takes_them_too() -> None:
+    case = make_case([402], 128, 1)
+    assert plan_of(case).group_rows == 16
+    errors = decode_errors(case)
+    assert errors.passed, errors
+
+
+def test_a_plan_that_breaks_its_groups_does_not_run() -> None:
+    made = mla_decode.plan([402], 128)
+    made.instructions[0, 10] = 8
+    with pytest.raises(ScheduleError, match=r"\(rule: (rows|mates)\)"):
+        made.validate()
