@@ -98,7 +98,7 @@ class DevicePlanner {
             const int rows = requests_.tokens_of(request) * p_.num_heads;
             s_.rows[i] = rows;
             s_.length[i] = rows > 0 ? length : 0;
-            const auto shape = SequenceShape::of(rows > 0 ? length : 0, rows);
+            const auto shape = SequenceShape::of(rows > 0 ? length : 0, p_.groups_of(rows));
             s_.shape[i] = shape;
             s_.line[i] = shape.tiles() > 0 ? shape.tiles() * 16 + p_.constants.line_lead : 0;
             if (shape.tiles() > 0) own.groups += shape.groups();
@@ -217,12 +217,13 @@ class DevicePlanner {
     MLA_HOST_DEVICE uint32_t slice(int sequence, uint32_t pieces, uint32_t eighths) const {
         const uint32_t rows = s_.rows[sequence];
         const uint32_t before_last = s_.shape[sequence].groups() - 1;
-        const uint32_t group_rows = before_last > 0 ? uint32_t{kMaxRows} : rows;
+        const uint32_t whole_rows = p_.group_rows();
+        const uint32_t group_rows = before_last > 0 ? whole_rows : rows;
         const Slices slices = p_.balances() ? Slices::of(p_, pieces, group_rows, eighths)
                                             : Slices::batch_invariant(p_, pieces, group_rows);
         s_.slices[sequence] = slices.pack();
-        return slices.num_of(p_, rows - before_last * kMaxRows) +
-               (before_last > 0 ? before_last * slices.num_of(p_, kMaxRows) : 0);
+        return slices.num_of(p_, rows - before_last * whole_rows) +
+               (before_last > 0 ? before_last * slices.num_of(p_, whole_rows) : 0);
     }
 
     MLA_HOST_DEVICE Counts count() const {
@@ -363,7 +364,7 @@ class DevicePlanner {
                                   s_.rows[sequence],
                                   is_shared ? pieces : 0,
                                   is_shared ? made.piece : 0}
-            .head();
+            .head(p_);
     }
 
     // A reduction, or a fill of an empty sequence.

@@ -18,7 +18,7 @@ namespace mla {
 
 namespace device_plan {
 
-inline constexpr int kMaxGroups = 32;          // row groups: 16 tokens, 128 heads
+inline constexpr int kMaxGroups = 32;          // row groups of a sequence
 inline constexpr int kFillSequences = 16;      // that one fill may cover
 inline constexpr int kFillTokens = 64;         // of padding
 inline constexpr int kCandidates = 32;         // ways to cut that are compared
@@ -101,6 +101,7 @@ struct DevicePlanProblem {
     int num_workers;
     int split_tiles;   // > 0: every sequence is cut so, whatever else is in the batch
     int cluster_ctas;  // of the launch, a divisor of num_workers: 2, 4 or 8; 1: no clusters
+    int group_log2;    // of the rows of a row group: 6, 5 or 4
     DevicePlanCost cost;
     DevicePlanConstants constants;  // see with_constants()
 
@@ -113,9 +114,14 @@ struct DevicePlanProblem {
     }
     MLA_HOST_DEVICE int num_sequences() const { return num_requests * num_kv_heads; }
     MLA_HOST_DEVICE int max_rows() const { return s_q * num_heads; }
-    MLA_HOST_DEVICE int max_groups() const { return (max_rows() + kMaxRows - 1) / kMaxRows; }
+    MLA_HOST_DEVICE int group_rows() const { return 1 << group_log2; }
+    // Row groups of so many rows.
+    MLA_HOST_DEVICE int groups_of(int rows) const {
+        return (rows + group_rows() - 1) >> group_log2;
+    }
+    MLA_HOST_DEVICE int max_groups() const { return groups_of(max_rows()); }
     MLA_HOST_DEVICE uint32_t most_group_rows() const {
-        return static_cast<uint32_t>(device_plan::smaller(kMaxRows, max_rows()));
+        return static_cast<uint32_t>(device_plan::smaller(group_rows(), max_rows()));
     }
     // Tiles that take no longer than one.
     MLA_HOST_DEVICE uint32_t least_tiles() const {

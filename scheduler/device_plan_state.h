@@ -14,9 +14,8 @@ struct SequenceShape {
     static constexpr int kGroupBits = 6;
     uint32_t word;
 
-    MLA_HOST_DEVICE static SequenceShape of(int length, int rows) {
+    MLA_HOST_DEVICE static SequenceShape of(int length, uint32_t groups) {
         const uint32_t tiles = (static_cast<uint32_t>(length) + kKvTile - 1) / kKvTile;
-        const uint32_t groups = (static_cast<uint32_t>(rows) + kMaxRows - 1) / kMaxRows;
         return {tiles << kGroupBits | groups};
     }
     MLA_HOST_DEVICE uint32_t tiles() const { return word >> kGroupBits; }

@@ -24,8 +24,8 @@ struct PartialInstruction {
     int32_t group, rows;  // of the sequence
     int32_t num_mates, mate;
 
-    MLA_HOST_DEVICE InstructionHead head() const {
-        const int32_t row = group * kMaxRows;
+    MLA_HOST_DEVICE InstructionHead head(const DevicePlanProblem& p) const {
+        const int32_t row = group << p.group_log2;
         static_assert(PartialWords::kMate == 12, "the words in their order");
         return {{static_cast<int32_t>(Opcode::kMlaPartial),
                  uid,
@@ -37,7 +37,7 @@ struct PartialInstruction {
                  end_tile > length / kKvTile ? length : end_tile * kKvTile,
                  length,
                  row,
-                 device_plan::smaller(kMaxRows, rows - row),
+                 device_plan::smaller(p.group_rows(), rows - row),
                  num_mates,
                  mate}};
     }
@@ -52,14 +52,14 @@ struct ReductionInstruction {
     Slices slices;
 
     MLA_HOST_DEVICE InstructionHead head(const DevicePlanProblem& p) const {
-        const auto per_group = static_cast<int32_t>(slices.num_of(p, kMaxRows));
+        const auto per_group = static_cast<int32_t>(slices.num_of(p, p.group_rows()));
         const int32_t group = groups == 1 ? 0 : device_plan::smaller(index / per_group, groups - 1);
         const int32_t slice = index - group * per_group;
         const int32_t column = slice & ((1 << slices.log2_columns) - 1);
         const int32_t columns = kLatentDim >> slices.log2_columns;
         const auto slice_rows = static_cast<int32_t>(slices.rows);
-        const int32_t row = group * kMaxRows + (slice >> slices.log2_columns) * slice_rows;
-        const int32_t end = device_plan::smaller(rows, (group + 1) * kMaxRows);
+        const int32_t row = (group << p.group_log2) + (slice >> slices.log2_columns) * slice_rows;
+        const int32_t end = device_plan::smaller(rows, (group + 1) << p.group_log2);
         const ReductionShape shape{
             1, 0, device_plan::smaller(slice_rows, end - row), column * columns, columns, true};
         static_assert(ReductionWords::kRunRowOffset == 8, "the words in their order");

@@ -39,6 +39,7 @@ class Batch:
     split_tiles: int = 0
     workers: int = NUM_WORKERS
     cluster_ctas: int = 1
+    group_rows: int = 64
     model: CostModel = field(default_factory=lambda: COST)
 
     @property
@@ -81,6 +82,7 @@ def planned(batch: Batch) -> Planned:
         "max_seq_len": batch.longest,
         "num_workers": batch.workers,
         "split_tiles": batch.split_tiles,
+        "group_rows": batch.group_rows,
     }
     rows, max_slots = _scheduler.device_plan_capacity(num_requests=len(batch.lens), **sizes)
     words = np.full((rows, _scheduler.INSTRUCTION_WORDS), UNTOUCHED, np.int32)
@@ -117,6 +119,7 @@ def validate(batch: Batch, plan: Planned) -> None:
         plan.num_slots,
         total_tokens=batch.total_tokens * batch.num_kv_heads,
         num_kv_heads=batch.num_kv_heads,
+        group_rows=batch.group_rows,
     )
 
 
@@ -164,6 +167,9 @@ def random_batch(rng: np.random.Generator) -> Batch:
         split_tiles=split_tiles,
         workers=max(1, workers // cluster_ctas) * cluster_ctas,
         cluster_ctas=cluster_ctas,
+        group_rows=next(
+            rows for rows in (int(rng.choice([64, 64, 32, 16])), 64) if most * heads <= 32 * rows
+        ),
     )
 
 

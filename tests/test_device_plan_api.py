@@ -9,7 +9,7 @@ import mla_decode
 import pytest
 import torch
 from mla_decode import decoding, native
-from mla_decode.device_plan import DevicePlan, choose_clusters
+from mla_decode.device_plan import DevicePlan, choose_clusters, choose_groups
 from mla_decode.errors import (
     DeviceError,
     DtypeError,
@@ -132,6 +132,48 @@ def test_sizes_decide_the_clusters(
     assert choose_clusters(groups, max_seq_len, workers, ((2, 66), (8, 15))) == expected
     assert choose_clusters(groups, max_seq_len, workers, ((8, 0),)) == (1, workers)
     assert choose_clusters(groups, max_seq_len, workers, ()) == (1, workers)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "rows", "max_seq_len", "expected"),
+    [
+        (1, 128, 2048, (16, 8, 120)),
+        (2, 128, 2048, (16, 8, 120)),
+        (3, 128, 2048, (32, 8, 120)),  # 24 groups of 16: not a cluster for each
+        (8, 128, 2048, (64, 8, 120)),
+        (1, 128, 2049, (64, 2, 132)),
+        (1, 20, 64, (16, 8, 120)),
+        (9, 20, 64, (64, 8, 120)),
+        (16, 16, 64, (64, 8, 120)),
+        (1, 256, 64, (16, 8, 120)),
+    ],
+)
+def test_sizes_decide_the_row_groups(
+    sequences: int, rows: int, max_seq_len: int, expected: tuple[int, int, int]
+) -> None:
+    clusters = ((2, 66), (8, 15))
+    assert choose_groups(sequences, rows, max_seq_len, 132, clusters) == expected
+    assert choose_groups(sequences, rows, max_seq_len, 132, ()) == (64, 1, 132)
+
+
+SMALL_GROUPS: dict[str, dict[str, Any]] = {
+    "128 heads": {"num_heads": 128},
+    "3 tokens": {"num_heads": 16, "new_tokens": 3},
+    "ragged": {"num_heads": 12, "new_tokens": [5], "padding_tokens": 2},
+    "2 KV heads": {"num_heads": 40, "h_kv": 2},
+}
+
+
+@pytest.mark.parametrize("length", (402, 2000))
+@pytest.mark.parametrize("form", SMALL_GROUPS)
+def test_plan_in_small_row_groups_is_valid_and_its_result_right(form: str, length: int) -> None:
+    case = make_case([length], **SMALL_GROUPS[form])
+    plan = plan_of(case)
+    host = plan.to_host()
+    host.validate()
+    assert plan.group_rows == host.group_rows == plan.slot_rows == host.slot_rows == 16
+    check_result(case, plan)
+    assert plan_of(case, clusters=False).group_rows == 64
 
 
 def test_only_balanced_plans_have_clusters() -> None:
@@ -340,7 +382,7 @@ def test_update_hands_the_planning_kernel_its_arguments(monkeypatch: pytest.Monk
     plan.update(lengths, offsets, 7, kv_indptr=indptr, block_size=64)
     words = (plan.instructions.data_ptr(), plan.capacity, plan.header.data_ptr())
     pointers = (lengths.data_ptr(), offsets.data_ptr(), indptr.data_ptr(), 64)
-    sizes = (2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan.cluster_ctas)
+    sizes = (2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan.cluster_ctas, plan.group_rows)
     assert seen == [(*pointers, *sizes, plan._cost, *words, 1, 7)]
 
 
@@ -377,7 +419,19 @@ def gpu() -> Any:
 @pytest.mark.parametrize("form", FORMS)
 def test_gpu_plan_is_the_cpus_word_for_word(form: str, invariant: bool, gpu: Any) -> None:
     case = make_case([130, 65, 0, 3000, 1], **FORMS[form], device=gpu)
-    options = {"batch_invariant": invariant, "num_workers": 100}
+    require_the_cpus_words(case, batch_invariant=invariant, num_workers=100)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", (402, 2000))
+@pytest.mark.parametrize("form", SMALL_GROUPS)
+def test_gpu_plan_in_small_row_groups_is_the_cpus(form: str, length: int, gpu: Any) -> None:
+    plan = require_the_cpus_words(make_case([length], **SMALL_GROUPS[form], device=gpu))
+    assert plan.group_rows == 16
+
+
+def require_the_cpus_words(case: Case, **options: Any) -> DevicePlan:
+    """A plan of the GPU, whose words are those of the CPU's and whose result is right."""
     plan = plan_of(case, **options)
     mine = plan.to_host()
     mine.validate()
@@ -390,6 +444,7 @@ def test_gpu_plan_is_the_cpus_word_for_word(form: str, invariant: bool, gpu: Any
     out, lse = case.poisoned_outputs()
     decode_case(case, plan, out=out, lse=lse)
     assert compare(out, lse, *attention(case)).passed
+    return plan
 
 
 @pytest.mark.gpu

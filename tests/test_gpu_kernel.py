@@ -530,7 +530,7 @@ def test_launches_in_a_row_over_mixed_queues_give_the_same_bits(
 def test_nothing_is_written_outside_the_plans_slots() -> None:
     case = make_case([3000, 70], 64, 3, device="cuda")
     plan = mla_decode.plan(case.seq_lens, 64, 3)
-    launch = Launch.of(case, plan.instructions, plan.num_slots + 2)
+    launch = Launch.of(case, plan.instructions, plan.num_slots + 2, plan.group_rows)
     launch.run()
     mla_decode.synchronize()
     assert bool(launch.o_scratch[-2:].isnan().all())

@@ -112,10 +112,13 @@ def test_words_of_the_op_plan_serve_the_op_decode(
     assert compare(out, lse, *attention(case)).passed
     with pytest.raises(ShapeError, match=r"plan: expected .* rows, as mla_decode.plan makes for"):
         OPS.decode(q, kv, table, None, words[:-1], **options)
-    # Of another plan, but without the size of its clusters: a launch without them would be wrong.
-    other = {**options, "plan_slots": 1, "plan_workers": 132}
-    with pytest.raises(ShapeError, match="need its plan_slots, plan_workers and plan_cluster_ctas"):
-        OPS.decode(q, kv, table, None, words[:-1], **other)
+    # Of another plan, but without the size of its clusters, or the rows of its row groups: a launch
+    # without clusters, or with other groups, would be wrong.
+    other = {**options, "plan_slots": 1, "plan_workers": 132, "plan_cluster_ctas": 1}
+    for missing in ("plan_group_rows", "plan_cluster_ctas"):
+        other.pop(missing, None)
+        with pytest.raises(ShapeError, match=r"need its plan_slots, .* and plan_group_rows"):
+            OPS.decode(q, kv, table, None, words[:-1], **other)
 
 
 def compiled(function: Callable[..., Any], backend: str = "aot_eager") -> Callable[..., Any]:
@@ -164,6 +167,22 @@ def test_decode_compiles_into_one_graph(given: str, device: str) -> None:
     assert compare(out / 2, lse, expected.double(), expected_lse.double()).passed
     if given == "out":
         assert compare(options["out"], lse, expected.double(), expected_lse.double()).passed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("given", ("Plan", "DevicePlan"))
+def test_plans_of_small_row_groups_compile(given: str, device: str) -> None:
+    case = make_case([402], 128, device=device)
+    options: dict[str, Any] = {"softmax_scale": case.softmax_scale}
+    if given == "Plan":
+        options["plan"] = mla_decode.plan(case.seq_lens, 128)
+        options["plan"].to(case.q.device)
+    else:
+        made = mla_decode.DevicePlan(1, 128, max_seq_len=402, device=device)
+        options["plan"] = made.update(lengths_of(case))
+    assert options["plan"].group_rows == 16
+    out, lse = compiled(around(case, **options))(case.q, None)
+    assert compare(out / 2, lse, *attention(case)).passed
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -22,7 +22,8 @@ py::tuple capacity(int num_requests,
                    int num_heads,
                    int max_seq_len,
                    int num_workers,
-                   int split_tiles) {
+                   int split_tiles,
+                   int group_rows) {
     const auto problem = mla::device_plan_problem(num_requests,
                                                   num_kv_heads,
                                                   s_q,
@@ -31,7 +32,8 @@ py::tuple capacity(int num_requests,
                                                   max_seq_len,
                                                   num_workers,
                                                   split_tiles,
-                                                  /*cluster_ctas=*/1);
+                                                  /*cluster_ctas=*/1,
+                                                  group_rows);
     return py::make_tuple(mla::device_plan_rows(problem), mla::device_plan_capacity(problem).slots);
 }
 
@@ -45,6 +47,7 @@ void plan(const IntArray& seq_lens,
           int num_workers,
           int split_tiles,
           int cluster_ctas,
+          int group_rows,
           const std::vector<double>& cost,
           IntArray& instructions,
           IntArray& header) {
@@ -56,7 +59,8 @@ void plan(const IntArray& seq_lens,
                                             max_seq_len,
                                             num_workers,
                                             split_tiles,
-                                            cluster_ctas);
+                                            cluster_ctas,
+                                            group_rows);
     problem.cost = mla::device_plan_cost(cost);
     problem.seq_lens = seq_lens.data();
     IntArray cu_seqlens;
@@ -96,7 +100,8 @@ void bind_device_plan(py::module_& m) {
           py::arg("num_heads"),
           py::arg("max_seq_len"),
           py::arg("num_workers"),
-          py::arg("split_tiles"));
+          py::arg("split_tiles"),
+          py::arg("group_rows") = mla::kMaxRows);
     m.def("device_plan",
           &plan,
           py::kw_only(),
@@ -110,6 +115,7 @@ void bind_device_plan(py::module_& m) {
           py::arg("num_workers"),
           py::arg("split_tiles"),
           py::arg("cluster_ctas"),
+          py::arg("group_rows") = mla::kMaxRows,
           py::arg("cost"),
           py::arg("instructions"),
           py::arg("header"));

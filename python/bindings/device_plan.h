@@ -60,6 +60,7 @@ inline void check_device_plan(const DevicePlanProblem& p) {
                                     std::to_string(p.num_workers) + " workers, got " +
                                     std::to_string(ctas));
     }
+    check_range("row groups of a request", p.max_groups(), 1, device_plan::kMaxGroups);
     const DevicePlanCapacity capacity = device_plan_capacity(p);
     check_range("instructions that a plan of these sizes may need",
                 capacity.instructions,
@@ -76,8 +77,11 @@ inline DevicePlanProblem device_plan_problem(int num_requests,
                                              int max_seq_len,
                                              int num_workers,
                                              int split_tiles,
-                                             int cluster_ctas) {
+                                             int cluster_ctas,
+                                             int group_rows) {
+    check_group_rows(group_rows);
     DevicePlanProblem problem{};
+    while (problem.group_rows() < group_rows) ++problem.group_log2;
     problem.num_requests = num_requests;
     problem.num_kv_heads = num_kv_heads;
     problem.s_q = s_q;

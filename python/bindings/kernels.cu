@@ -74,6 +74,7 @@ void plan(uintptr_t seq_lens,
           int num_workers,
           int split_tiles,
           int cluster_ctas,
+          int group_rows,
           const std::vector<double>& cost,
           uintptr_t instructions,
           int64_t rows,
@@ -88,7 +89,8 @@ void plan(uintptr_t seq_lens,
                                             max_seq_len,
                                             num_workers,
                                             split_tiles,
-                                            cluster_ctas);
+                                            cluster_ctas,
+                                            group_rows);
     problem.seq_lens = pointer<const int32_t>(seq_lens);
     problem.cu_seqlens_q = pointer<const int32_t>(cu_seqlens_q);
     problem.kv_indptr = pointer<const int32_t>(kv_indptr);

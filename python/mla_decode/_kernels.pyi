@@ -113,6 +113,7 @@ def plan(
     num_workers: int,
     split_tiles: int,
     cluster_ctas: int,
+    group_rows: int,
     cost: list[float],
     instructions: int,
     rows: int,

@@ -327,6 +327,7 @@ def device_plan_capacity(
     max_seq_len: int,
     num_workers: int,
     split_tiles: int,
+    group_rows: int = MAX_ROWS,
 ) -> tuple[int, int]:
     """Rows of instructions, end marks included, and slots that `device_plan` may need."""
 
@@ -342,6 +343,7 @@ def device_plan(
     num_workers: int,
     split_tiles: int,
     cluster_ctas: int,
+    group_rows: int = MAX_ROWS,
     cost: Sequence[float],
     instructions: _Words,
     header: _Words,
@@ -356,6 +358,8 @@ def device_plan(
         Of one KV head, padding included.
     cluster_ctas
         SMs of a cluster that may share partials, a divisor of `num_workers`; 1: none do.
+    group_rows
+        As of `plan`.
     cost
         The values of `CostModel.as_dict`, in its order.
     instructions, header

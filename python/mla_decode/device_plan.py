@@ -29,7 +29,14 @@ from .planning import (
     require_heads,
     sequence_tokens,
 )
-from .words import INSTRUCTION_WORDS, KV_TILE, MAX_NEW_TOKENS, MAX_ROWS, OPCODE_END_OF_QUEUE
+from .words import (
+    GROUP_ROWS,
+    INSTRUCTION_WORDS,
+    KV_TILE,
+    MAX_NEW_TOKENS,
+    MAX_ROWS,
+    OPCODE_END_OF_QUEUE,
+)
 from .workspace import Workspace, workspace_bytes
 
 HEADER_WORDS = 8
@@ -80,7 +87,8 @@ class DevicePlan:
         SMs to balance for; those of ``device``, 132 on the CPU.
     clusters : bool
         Launch clusters of SMs, whose size `cluster_ctas` the sizes alone decide, so that those of a
-        cluster can share a request without a reduction, where that is faster. False: never.
+        cluster can share a request without a reduction, where that is faster. And where the sizes
+        leave eight SMs for each of them, row groups have `group_rows` of 16 or 32. False: never.
     device : device
         Where the lengths and the decode calls are.
 
@@ -95,6 +103,8 @@ class DevicePlan:
         Scratch slots that any lengths can need, and rows of each.
     cluster_ctas : int
         SMs of a cluster of the launch; 1: no clusters.
+    group_rows : int
+        Rows of every row group but a request's last: 64, 32 or 16.
     num_workers : int
         SMs that it is balanced for: with clusters those that are in one.
 
@@ -126,7 +136,6 @@ class DevicePlan:
         checks.require_int("max_seq_len", max_seq_len, 0, MAX_SEQ_LEN)
         checks.require_int("split_tiles", split_tiles, 0, 1 << 25)
         self.heads_per_kv = require_heads(num_heads, num_kv_heads)
-        self.slot_rows = min(MAX_ROWS, new_tokens * self.heads_per_kv)
         self.num_requests = num_requests
         self.num_heads = num_heads
         self.new_tokens = new_tokens
@@ -144,14 +153,16 @@ class DevicePlan:
         if num_workers is None:
             num_workers = native.num_sms(self.device) if on_gpu else DEFAULT_NUM_WORKERS
         checks.require_int("num_workers", num_workers, 1, 1 << 16)
-        groups = -(-new_tokens * self.heads_per_kv // MAX_ROWS)
-        self.cluster_ctas, self.num_workers = choose_clusters(
-            num_requests * num_kv_heads * groups,
+        rows = new_tokens * self.heads_per_kv
+        self.group_rows, self.cluster_ctas, self.num_workers = choose_groups(
+            num_requests * num_kv_heads,
+            rows,
             max_seq_len,
             num_workers,
             clusters_of(self.device if on_gpu else None) if clusters and split_tiles == 0 else (),
         )
-        self._cost_model = _cost_model(self._index, self.new_tokens * self.heads_per_kv)
+        self.slot_rows = min(self.group_rows, rows)
+        self._cost_model = _cost_model(self._index, self.slot_rows)
         self._cost = list(self._cost_model.as_dict().values())
         capacity, self.num_slots = device_plan_capacity(
             num_requests,
@@ -162,6 +173,7 @@ class DevicePlan:
             max_seq_len,
             self.num_workers,
             split_tiles,
+            self.group_rows,
         )
         with torch.inference_mode(False):  # so that later updates may come from outside of it
             self.instructions = torch.full(
@@ -317,6 +329,7 @@ class DevicePlan:
             sequence_tokens(tokens, self.num_kv_heads),
             self.num_workers,
             self._cost_model,
+            self.group_rows,
         )
         return Plan(
             seq_lens=lengths,
@@ -333,6 +346,7 @@ class DevicePlan:
             worker=np.asarray(worker),
             start_us=np.asarray(start_us),
             end_us=np.asarray(end_us),
+            group_rows=self.group_rows,
         )
 
     def queue(self, device: torch.device) -> native.Queue:
@@ -395,6 +409,7 @@ class DevicePlan:
             self.num_workers,
             self.split_tiles,
             self.cluster_ctas,
+            self.group_rows,
             self._cost,
             self._queue.instructions,
             self._queue.num_instructions,
@@ -459,6 +474,7 @@ class DevicePlan:
             num_workers=self.num_workers,
             split_tiles=self.split_tiles,
             cluster_ctas=self.cluster_ctas,
+            group_rows=self.group_rows,
             cost=self._cost,
             instructions=self.instructions.numpy(),
             header=header,
@@ -486,6 +502,32 @@ class DevicePlan:
 def _cost_model(index: int, rows: int) -> CostModel:
     """Fitted on the GPU of that index, -1 for none; looked up once, since plans are made often."""
     return cost.load(torch.cuda.get_device_name(index) if index >= 0 else None, rows)
+
+
+def choose_groups(
+    sequences: int,
+    rows: int,
+    max_seq_len: int,
+    num_workers: int,
+    clusters: Sequence[tuple[int, int]],
+) -> tuple[int, int, int]:
+    """Rows of a row group, SMs of a cluster of the launch, and SMs in all.
+
+    Small groups where all of them can have mates of the largest clusters: as many SMs work on the
+    same keys then as with large ones, and each has fewer rows.
+
+    Parameters
+    ----------
+    sequences, rows : int
+        Requests times KV heads; rows of each.
+    max_seq_len, num_workers, clusters
+        As of `choose_clusters`.
+    """
+    for size in GROUP_ROWS:
+        chosen = choose_clusters(sequences * -(-rows // size), max_seq_len, num_workers, clusters)
+        if size >= min(rows, MAX_ROWS) or chosen[0] > 2:
+            return (size if size < rows else MAX_ROWS), *chosen
+    raise AssertionError("the largest groups will do")
 
 
 def choose_clusters(
@@ -524,6 +566,7 @@ def device_plan_capacity(
     max_seq_len: int,
     num_workers: int,
     split_tiles: int,
+    group_rows: int = MAX_ROWS,
 ) -> tuple[int, int]:
     """Rows of words, end marks included, and scratch slots that any lengths can need."""
     with schedule_errors():
@@ -536,6 +579,7 @@ def device_plan_capacity(
             max_seq_len=max_seq_len,
             num_workers=num_workers,
             split_tiles=split_tiles,
+            group_rows=group_rows,
         )
     return int(rows), int(slots)
 
@@ -559,7 +603,7 @@ class PlannedWords:
         ``[n, 32]`` int32: those of a `Plan` or a `DevicePlan`.
     fit_key
         Sizes of the call; see `Plan.fit_key`.
-    num_slots, num_workers, cluster_ctas : int
+    num_slots, num_workers, cluster_ctas, group_rows : int
         Of the plan.
 
     Attributes
@@ -577,6 +621,7 @@ class PlannedWords:
         num_slots: int,
         num_workers: int,
         cluster_ctas: int,
+        group_rows: int,
     ) -> None:
         checks.require_dtype("plan", checks.require_tensor("plan", words), torch.int32)
         checks.require_shape("plan", words, ["n", INSTRUCTION_WORDS])
@@ -585,7 +630,8 @@ class PlannedWords:
         self.fit_key = fit_key
         self.binding = object()  # see Plan
         _, s_q, _, heads, kv_heads = fit_key
-        self.slot_rows = min(MAX_ROWS, (s_q or MAX_NEW_TOKENS) * (heads // kv_heads))
+        self.slot_rows = min(group_rows, (s_q or MAX_NEW_TOKENS) * (heads // kv_heads))
+        self.group_rows = group_rows
         self.num_slots = num_slots
         self.num_workers = num_workers
         self.cluster_ctas = cluster_ctas

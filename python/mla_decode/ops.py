@@ -27,12 +27,12 @@ from .device_plan import DevicePlan, PlannedWords, device_plan_capacity
 from .errors import DtypeError, ShapeError, UnsupportedError
 from .lengths import MAX_SEQ_LEN, SeqLens
 from .planning import BATCH_INVARIANT_TILES, DEFAULT_NUM_WORKERS, Plan, require_heads
-from .words import INSTRUCTION_WORDS, LATENT_DIM, MAX_NEW_TOKENS
+from .words import INSTRUCTION_WORDS, LATENT_DIM, MAX_NEW_TOKENS, MAX_ROWS
 
 # Arguments of both forms of decode, as those of `mla_decode.decode`, but: with q_pe and k_pe, q
 # and kv_cache are the 512 wide parts; ``plan`` are words, by default those of the op ``plan`` for
 # the same sizes and ``max_seq_len`` (what the block ids can name when None), or any with
-# ``plan_slots``, ``plan_workers`` and ``plan_cluster_ctas`` of their plan.
+# ``plan_slots``, ``plan_workers``, ``plan_cluster_ctas`` and ``plan_group_rows`` of their plan.
 _INPUTS = (
     "Tensor q, Tensor kv_cache, Tensor? block_table, Tensor? seq_lens, Tensor? plan=None, "
     "float? softmax_scale=None, *, Tensor? q_pe=None, Tensor? k_pe=None, bool causal=True, "
@@ -40,7 +40,7 @@ _INPUTS = (
     "Tensor? attn_sink=None, bool lse_base_2=False, bool lse_empty_negative=False, "
     "str? lse_layout=None, bool batch_invariant=False, int? max_seq_len=None, "
     "int? plan_slots=None, int? plan_workers=None, "
-    "int? plan_cluster_ctas=None"
+    "int? plan_cluster_ctas=None, int? plan_group_rows=None"
 )
 
 # With cu_seqlens_q, ``new_tokens`` counts for nothing: a request may have up to 16. kv_indptr and
@@ -72,23 +72,32 @@ def _decode(
     plan_slots: int | None = None,
     plan_workers: int | None = None,
     plan_cluster_ctas: int | None = None,
+    plan_group_rows: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     planned = None
     if plan is not None:
         sizes = _call_sizes(q, kv_cache, cu_seqlens_q)
-        if plan_slots is None or plan_workers is None or plan_cluster_ctas is None:
+        if (
+            plan_slots is None
+            or plan_workers is None
+            or plan_cluster_ctas is None
+            or plan_group_rows is None
+        ):
             if max_seq_len is None:
                 max_seq_len = _capacity(kv_cache, block_table)
             plan_workers, plan_cluster_ctas = _num_workers(q.device), 1
+            plan_group_rows = MAX_ROWS
             capacity, plan_slots = _room(sizes, max_seq_len, plan_workers, batch_invariant)
             if plan.shape[0] != capacity:
                 raise ShapeError(
                     f"plan: expected {capacity} rows, as mla_decode.plan makes for "
                     f"max_seq_len={max_seq_len}, got shape {list(plan.shape)}; words of another "
-                    "plan need its plan_slots, plan_workers and plan_cluster_ctas"
+                    "plan need its plan_slots, plan_workers, plan_cluster_ctas and plan_group_rows"
                 )
-        planned = PlannedWords(plan, sizes, plan_slots, plan_workers, plan_cluster_ctas)
+        planned = PlannedWords(
+            plan, sizes, plan_slots, plan_workers, plan_cluster_ctas, plan_group_rows
+        )
     return decoding.decode(
         q if q_pe is None else (q, q_pe),
         kv_cache if k_pe is None else (kv_cache, k_pe),
@@ -312,11 +321,11 @@ def traced_decode(
         raise UnsupportedError("lse_base, lse_empty: expected e or 2, and inf or -inf")
     q_wide, q_pe = q if isinstance(q, tuple) else (q, None)
     latent, k_pe = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
-    words = slots = workers = cluster_ctas = None
+    words = slots = workers = cluster_ctas = group_rows = None
     if plan is not None:
         words = plan.instructions if isinstance(plan, DevicePlan) else plan.to(q_wide.device)
         slots, workers = plan.num_slots, plan.num_workers
-        cluster_ctas = plan.cluster_ctas
+        cluster_ctas, group_rows = plan.cluster_ctas, plan.group_rows
     elif not isinstance(seq_lens, torch.Tensor):
         seq_lens = torch.as_tensor(seq_lens, dtype=torch.int32, device=q_wide.device)
     arguments: tuple[Any, ...] = (
@@ -337,6 +346,7 @@ def traced_decode(
         "plan_slots": slots,
         "plan_workers": workers,
         "plan_cluster_ctas": cluster_ctas,
+        "plan_group_rows": group_rows,
     }
     if out is None and lse is None:
         made_out, made_lse = torch.ops.mla_decode.decode(*arguments, **options)
