@@ -10,12 +10,14 @@ import mla_decode
 import numpy as np
 import pytest
 import torch
-from mla_decode import _scheduler, cost
+from mla_decode import _scheduler, cost, decoding, native
+from mla_decode.device_plan import PlannedWords
 from mla_decode.errors import QueueError, RangeError, ScheduleError, ShapeError
+from mla_decode.measure import decode_case
 from mla_decode.reference import Case, make_case
 from mla_decode.words import GROUP_ROWS, MAX_ROWS, Partial, Reduction, group_rows_of
 
-from tests.support import Launch, cut, pack, plan_of, require_attention, run_queue
+from tests.support import Launch, cut, pack, plan_of, require_attention, run_queue, same_bits
 from tests.test_adoption import chained
 from tests.test_mates import shared
 from tests.test_mla import VARIANTS, decode_errors, variant
@@ -236,3 +238,45 @@ def test_a_plan_that_breaks_its_groups_does_not_run() -> None:
     made.instructions[0, 10] = 8
     with pytest.raises(ScheduleError, match=r"\(rule: (rows|mates)\)"):
         made.validate()
+
+
+# Launches in pairs
+
+
+@pytest.mark.parametrize(
+    ("heads", "sms", "pairs", "expected"),
+    [
+        (128, 132, 66, (132, 2)),
+        (128, 131, 66, (131, 1)),  # one would be without a neighbour
+        (128, 132, 65, (132, 1)),  # not all of them can be in one
+        (128, 114, 57, (114, 2)),
+        (64, 132, 66, (132, 1)),  # one row group: nobody reads the same keys
+    ],
+)
+def test_row_groups_that_read_the_same_keys_run_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, heads: int, sms: int, pairs: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(native, "max_clusters", lambda size, device: pairs)
+    lengths = [4096] * 128
+    device = torch.device("cpu")
+    assert decoding._grid(mla_decode.plan(lengths, heads), device, sms) == expected
+    on_device = mla_decode.DevicePlan(128, heads, max_seq_len=4096, device="cpu")
+    assert decoding._grid(on_device, device, sms) == expected
+    words = PlannedWords(on_device.instructions, on_device.fit_key, on_device.num_slots, 132, 1, 64)
+    assert decoding._grid(words, device, sms) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, group_rows", [(128, 64), (128, 32), (96, 64), (40, 16)])
+def test_gpu_pairs_give_the_same_bits(heads: int, group_rows: int) -> None:
+    lengths = [3000 + 64 * i for i in range(60)]
+    case = make_case(lengths, heads, 2, device="cuda")
+    plan = plan_of(case, group_rows=group_rows, clusters=False)
+    assert decoding._grid(plan, case.q.device, native.num_sms(case.q.device)).cluster_ctas == 2
+    alone = Launch.of_plan(case, plan)
+    alone.run()
+    out, lse = decode_case(case, plan)
+    mla_decode.synchronize()
+    assert alone.errors().passed
+    assert same_bits(out, alone.o)
+    assert same_bits(lse, alone.lse)

@@ -467,7 +467,11 @@ def _grid(plan: AnyPlan, device: torch.device, num_sms: int) -> native.Grid:
     """
     size = plan.cluster_ctas
     if size == 1:
-        return native.Grid(min(plan.num_workers, num_sms))
+        ctas = min(plan.num_workers, num_sms)
+        # Neighbours in the queue read the same keys: in one cluster, at the same time.
+        in_pairs = plan.shares_keys and ctas % 2 == 0
+        in_pairs = in_pairs and ctas <= 2 * native.max_clusters(2, device)
+        return native.Grid(ctas, 2 if in_pairs else 1)
     count = native.max_clusters(size, device)
     if plan.num_workers > count * size:
         raise UnsupportedError(

@@ -205,6 +205,11 @@ class DevicePlan:
         return self.num_requests
 
     @property
+    def shares_keys(self) -> bool:
+        """As `Plan.shares_keys`."""
+        return self.new_tokens * self.heads_per_kv > self.group_rows
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes of scratch, flags and queue state that it needs."""
         return workspace_bytes(self.num_slots, self.slot_rows)
@@ -630,8 +635,10 @@ class PlannedWords:
         self.fit_key = fit_key
         self.binding = object()  # see Plan
         _, s_q, _, heads, kv_heads = fit_key
-        self.slot_rows = min(group_rows, (s_q or MAX_NEW_TOKENS) * (heads // kv_heads))
+        rows = (s_q or MAX_NEW_TOKENS) * (heads // kv_heads)
+        self.slot_rows = min(group_rows, rows)
         self.group_rows = group_rows
+        self.shares_keys = rows > group_rows
         self.num_slots = num_slots
         self.num_workers = num_workers
         self.cluster_ctas = cluster_ctas

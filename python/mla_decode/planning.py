@@ -113,6 +113,11 @@ class Plan:
         """Rows of a scratch slot: those of the largest row group."""
         return min(self.group_rows, self.max_new_tokens * self.heads_per_kv)
 
+    @property
+    def shares_keys(self) -> bool:
+        """Whether several row groups of a request read the same keys."""
+        return self.max_new_tokens * self.heads_per_kv > self.group_rows
+
     @cached_property
     def max_new_tokens(self) -> int:
         """Most new tokens of a request, at least 1."""
