@@ -82,6 +82,15 @@ def test_plan_prints_saves_and_loads(capsys: pytest.CaptureFixture[str], tmp_pat
     assert plan.summary() in out
 
 
+def test_plan_takes_the_rows_of_a_row_group(capsys: pytest.CaptureFixture[str]) -> None:
+    batch = ("plan", "--seq-lens", "402", "--heads", "128", "--new-tokens", "1")
+    for arguments, groups in (((), "groups of 16"), (("--group-rows", "32"), "groups of 32")):
+        code, out, _ = run(capsys, *batch, *arguments)
+        assert code == EXIT_OK
+        assert groups in " ".join(out.split())
+    assert "groups" not in run(capsys, *batch, "--group-rows", "64")[1]
+
+
 def test_tune_ranks_policies_and_saves_the_best(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -3,8 +3,8 @@
     python tools/sanitize.py [--tools memcheck ...]
 
 Needs a GPU and compute-sanitizer on the PATH; not 0 if a tool reports anything that EXPLAINED does
-not explain. The batch has partials that write the output and
-partials that write scratch, full and ragged tiles, causal masks, rows of one and of several groups,
+not explain. The batches have partials that write the output and partials that write scratch, full
+and ragged tiles, causal masks, rows of one and of several groups, of 64 rows and of fewer,
 reductions of one and of two levels, and instructions of all kinds on the same CTAs.
 """
 
@@ -16,29 +16,44 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("memcheck", "racecheck", "synccheck")
-# (lengths, heads, new tokens, block size, CTAs, tiles per partial)
+
+
+class Batch(NamedTuple):
+    lengths: list[int]
+    heads: int
+    tokens: int
+    block_size: int
+    ctas: int
+    tiles: int  # per partial; 0: as the planner cuts
+    group_rows: int = 64
+
+
 BATCHES = (
-    ([1, 63, 64, 65, 700], 16, 1, 64, 8, 1),
-    ([130, 2500], 16, 4, 128, 12, 1),
-    ([300], 128, 2, 64, 8, 1),
-    ([64 * 60], 8, 1, 256, 60, 1),
-    ([700, 450], 16, 1, 64, 3, 5),
-    ([700, 450], 16, 4, 64, 3, 5),
-    ([390], 64, 1, 16, 2, 7),
+    Batch([1, 63, 64, 65, 700], 16, 1, 64, 8, 1),
+    Batch([130, 2500], 16, 4, 128, 12, 1),
+    Batch([300], 128, 2, 64, 8, 1),
+    Batch([64 * 60], 8, 1, 256, 60, 1),
+    Batch([700, 450], 16, 1, 64, 3, 5),
+    Batch([700, 450], 16, 4, 64, 3, 5),
+    Batch([390], 64, 1, 16, 2, 7),
+    Batch([300, 65], 24, 2, 64, 8, 1, group_rows=16),
+    Batch([300, 65], 24, 2, 64, 8, 1, group_rows=32),
 )
 # Partials that adopt the results of others.
 ADOPTING = (
-    ([900] * 9, 16, 1, 64, 6, 0),
-    ([900] * 9, 16, 4, 16, 6, 0),
+    Batch([900] * 9, 16, 1, 64, 6, 0),
+    Batch([900] * 9, 16, 4, 16, 6, 0),
 )
 # Partials shared by mates of clusters. Not under racecheck, which did not end with them in 100 s.
 SHARED = (
-    ([1000, 700], 16, 1, 64, 16, 0),
-    ([1000, 700], 16, 2, 16, 16, 0),
-    ([1000, 700], 64, 1, 64, 16, 0),
+    Batch([1000, 700], 16, 1, 64, 16, 0),
+    Batch([1000, 700], 16, 2, 16, 16, 0),
+    Batch([1000, 700], 64, 1, 64, 16, 0),
+    Batch([1000], 24, 2, 64, 32, 0, group_rows=16),
 )
 
 # racecheck follows __syncthreads and the thread that arrives at an mbarrier. It does not follow
@@ -115,11 +130,17 @@ def run_batches(tool: str) -> int:
     from mla_decode import reference
 
     batches = BATCHES + ADOPTING + (() if tool == "racecheck" else SHARED)
-    for lengths, heads, tokens, block_size, ctas, tiles in batches:
+    for lengths, heads, tokens, block_size, ctas, tiles, group_rows in batches:
         case = reference.make_case(lengths, heads, tokens, block_size).to("cuda")
         policy = "fixed" if tiles > 0 else "balanced"
         plan = mla_decode.plan(
-            lengths, heads, tokens, num_workers=ctas, policy=policy, split_tiles=tiles
+            lengths,
+            heads,
+            tokens,
+            num_workers=ctas,
+            policy=policy,
+            split_tiles=tiles,
+            group_rows=group_rows,
         )
         if tiles == 0 and plan.cluster_ctas == 1 and not (plan.instructions[:, 13] > 0).any():
             print(f"{lengths} heads {heads} tokens {tokens}: the plan neither shares nor adopts")

@@ -19,7 +19,7 @@ from .errors import MlaDecodeError, UnsupportedError
 from .picture import write_png
 from .planning import POLICIES, Plan, plan
 from .trace_file import write_trace
-from .words import MAX_REDUCTION_INPUTS
+from .words import GROUP_ROWS, MAX_REDUCTION_INPUTS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -283,6 +283,7 @@ class _Job:
             device=self.device,
             policy=arguments.policy,
             split_tiles=arguments.split_tiles,
+            group_rows=arguments.group_rows,
         )
 
     def with_lengths_of(self, made: Plan) -> _Job:
@@ -442,6 +443,7 @@ def _add_planner(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-workers", type=int, help="SMs; those of the GPU, or 132")
     parser.add_argument("--policy", choices=POLICIES, default="balanced")
     parser.add_argument("--split-tiles", type=int, default=0, help="tiles per piece, for fixed")
+    parser.add_argument("--group-rows", type=int, choices=GROUP_ROWS, help="rows of a row group")
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:
