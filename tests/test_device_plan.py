@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from mla_decode import CostModel, _scheduler, cost
-from mla_decode.device_plan import choose_clusters
 from mla_decode.planning import DEFAULT_CLUSTERS
+from mla_decode.row_groups import choose_clusters
 from mla_decode.words import NARROW_ROWS
 
 from benchmarks.shapes import SHAPES, Shape, random_shapes

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import mla_decode
+import numpy as np
 import pytest
 import torch
 from mla_decode import decoding, native
-from mla_decode.device_plan import DevicePlan, choose_clusters, choose_groups
+from mla_decode.device_plan import DevicePlan
 from mla_decode.errors import (
     DeviceError,
     DtypeError,
@@ -21,6 +22,7 @@ from mla_decode.errors import (
 )
 from mla_decode.measure import decode_case
 from mla_decode.reference import Case, attention, compare, make_case
+from mla_decode.row_groups import choose_clusters, choose_groups
 
 from tests.support import same_bits
 
@@ -138,22 +140,24 @@ def test_sizes_decide_the_clusters(
     ("sequences", "rows", "max_seq_len", "expected"),
     [
         (1, 128, 2048, (16, 8, 120)),
-        (2, 128, 2048, (16, 8, 120)),
-        (3, 128, 2048, (32, 8, 120)),  # 24 groups of 16: not a cluster for each
+        (2, 128, 2048, (32, 8, 120)),  # 16 groups of 16: not a cluster for each
+        (3, 128, 2048, (32, 8, 120)),
         (8, 128, 2048, (64, 8, 120)),
         (1, 128, 2049, (64, 2, 132)),
         (1, 20, 64, (16, 8, 120)),
         (9, 20, 64, (64, 8, 120)),
         (16, 16, 64, (64, 8, 120)),
-        (1, 256, 64, (16, 8, 120)),
+        (1, 240, 64, (16, 8, 120)),
+        (1, 256, 64, (32, 8, 120)),
     ],
 )
 def test_sizes_decide_the_row_groups(
     sequences: int, rows: int, max_seq_len: int, expected: tuple[int, int, int]
 ) -> None:
     clusters = ((2, 66), (8, 15))
-    assert choose_groups(sequences, rows, max_seq_len, 132, clusters) == expected
-    assert choose_groups(sequences, rows, max_seq_len, 132, ()) == (64, 1, 132)
+    rows_of_all = np.full(sequences, rows)
+    assert choose_groups(rows_of_all, max_seq_len, 132, clusters) == expected
+    assert choose_groups(rows_of_all, max_seq_len, 132, ()) == (64, 1, 132)
 
 
 SMALL_GROUPS: dict[str, dict[str, Any]] = {

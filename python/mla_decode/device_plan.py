@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -29,24 +28,14 @@ from .planning import (
     require_heads,
     sequence_tokens,
 )
-from .words import (
-    GROUP_ROWS,
-    INSTRUCTION_WORDS,
-    KV_TILE,
-    MAX_NEW_TOKENS,
-    MAX_ROWS,
-    OPCODE_END_OF_QUEUE,
-)
+from .row_groups import choose_groups
+from .words import INSTRUCTION_WORDS, MAX_NEW_TOKENS, MAX_ROWS, OPCODE_END_OF_QUEUE
 from .workspace import Workspace, workspace_bytes
 
 HEADER_WORDS = 8
 HEADER_INSTRUCTIONS = 0  # instructions, end marks not counted
 HEADER_SLOTS = 1
 HEADER_BAD_LENGTHS = 2
-
-# Most tiles of each mate, at the longest, that clusters of more than two are launched for. They
-# leave SMs out, which is missed the more the more keys there are.
-MOST_TILES_OF_MATE = 4
 
 _FitKey = tuple[int, int, int, int, int]
 
@@ -155,8 +144,7 @@ class DevicePlan:
         checks.require_int("num_workers", num_workers, 1, 1 << 16)
         rows = new_tokens * self.heads_per_kv
         self.group_rows, self.cluster_ctas, self.num_workers = choose_groups(
-            num_requests * num_kv_heads,
-            rows,
+            np.full(num_requests * num_kv_heads, rows),
             max_seq_len,
             num_workers,
             clusters_of(self.device if on_gpu else None) if clusters and split_tiles == 0 else (),
@@ -507,59 +495,6 @@ class DevicePlan:
 def _cost_model(index: int, rows: int) -> CostModel:
     """Fitted on the GPU of that index, -1 for none; looked up once, since plans are made often."""
     return cost.load(torch.cuda.get_device_name(index) if index >= 0 else None, rows)
-
-
-def choose_groups(
-    sequences: int,
-    rows: int,
-    max_seq_len: int,
-    num_workers: int,
-    clusters: Sequence[tuple[int, int]],
-) -> tuple[int, int, int]:
-    """Rows of a row group, SMs of a cluster of the launch, and SMs in all.
-
-    Small groups where all of them can have mates of the largest clusters: as many SMs work on the
-    same keys then as with large ones, and each has fewer rows.
-
-    Parameters
-    ----------
-    sequences, rows : int
-        Requests times KV heads; rows of each.
-    max_seq_len, num_workers, clusters
-        As of `choose_clusters`.
-    """
-    for size in GROUP_ROWS:
-        chosen = choose_clusters(sequences * -(-rows // size), max_seq_len, num_workers, clusters)
-        if size >= min(rows, MAX_ROWS) or chosen[0] > 2:
-            return (size if size < rows else MAX_ROWS), *chosen
-    raise AssertionError("the largest groups will do")
-
-
-def choose_clusters(
-    groups: int, max_seq_len: int, num_workers: int, clusters: Sequence[tuple[int, int]]
-) -> tuple[int, int]:
-    """SMs of a cluster of the launch, 1 for no clusters, and SMs in all.
-
-    Parameters
-    ----------
-    groups : int
-        Row groups of all requests.
-    max_seq_len : int
-        Longest KV length.
-    num_workers : int
-        SMs to plan for.
-    clusters
-        SMs of a cluster, and how many such run at a time.
-    """
-    for ctas, available in sorted(clusters, reverse=True):
-        count = min(available, num_workers // ctas)
-        if ctas == 2:
-            fits = 4 * groups <= 3 * num_workers
-        else:  # nearly every group may have a cluster
-            fits = 8 * groups <= 9 * count and max_seq_len <= MOST_TILES_OF_MATE * ctas * KV_TILE
-        if fits and count > 0:
-            return ctas, count * ctas
-    return 1, num_workers
 
 
 def device_plan_capacity(

@@ -17,6 +17,7 @@ from . import _scheduler, checks, cost, native, plan_file
 from .cost import CostModel
 from .errors import RangeError, ScheduleError, ShapeError, UnsupportedError, schedule_errors
 from .lengths import NewTokens, SeqLens, host_new_tokens, host_seq_lens
+from .row_groups import sizes_to_plan
 from .words import (
     GROUP_ROWS,
     MAX_HEADS,
@@ -414,7 +415,7 @@ def plan(
     group_rows : int, optional
         Rows that SMs work on together, 64, 32 or 16 (a row is one query head of one new token).
         Several small groups read the same keys, but are merged faster. When None, ``balanced``
-        without a ``cost_model`` takes what is expected to be fastest, all else 64.
+        without a ``cost_model`` takes what is expected to be fastest, all else takes 64.
     cost_model : CostModel, optional
         Microseconds that things take, in kernels for so many rows; by default those fitted on
         ``device``.
@@ -474,15 +475,18 @@ def plan(
             group_rows=rows,
         )
 
+    sizes = [MAX_ROWS if group_rows is None else group_rows]
+    if group_rows is None and policy == "balanced" and cost_model is None:
+        rows = np.where(sequence_values(lengths, num_kv_heads) > 0, seq_tokens, 0) * heads
+        longest = int(lengths.max(initial=0))
+        sizes = sizes_to_plan(rows, longest, num_workers, usable_clusters)
     with schedule_errors():
-        chosen = MAX_ROWS if group_rows is None else group_rows
-        data = plan_in_groups(chosen)
-        if group_rows is None and policy == "balanced" and cost_model is None:
-            rows = np.where(sequence_values(lengths, num_kv_heads) > 0, seq_tokens, 0) * heads
-            for fewer in _smaller_groups(rows, num_workers):
-                other = plan_in_groups(fewer)
-                if other.predicted_us < data.predicted_us:
-                    chosen, data = fewer, other
+        chosen, data = sizes[0], plan_in_groups(sizes[0])
+        for fewer in sizes[1:]:
+            other = plan_in_groups(fewer)
+            if other.predicted_us >= data.predicted_us:
+                break
+            chosen, data = fewer, other
     made = Plan(
         seq_lens=lengths,
         num_heads=num_heads,
@@ -504,20 +508,6 @@ def plan(
     if validate:
         made.validate()
     return made
-
-
-def _smaller_groups(rows: npt.NDArray[np.integer], num_workers: int) -> list[int]:
-    """Sizes of row groups below 64 that may be worth a plan, for sequences of so many rows.
-
-    SMs that read the same keys can only win where most would have nothing to do: where the smaller
-    groups are few.
-    """
-    return [
-        size
-        for size in reversed(GROUP_ROWS)
-        if size < min(rows.max(initial=0), MAX_ROWS)
-        and 2 * int((-(-rows // size)).sum()) <= num_workers
-    ]
 
 
 def clusters_of(gpu: torch.device | None) -> tuple[tuple[int, int], ...]:
