@@ -104,6 +104,18 @@ def test_tune_ranks_policies_and_saves_the_best(
     assert best.predicted_us <= min(p.predicted_us for p in others)
 
 
+def test_tune_compares_row_groups(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "best.json"
+    batch = ("tune", "--seq-lens", "402", "--heads", "128", "--new-tokens", "1", "--device", "cpu")
+    code, out, _ = run(capsys, *batch, "--tiles", "2", "--save", str(path))
+    assert code == EXIT_OK
+    for name in ("balanced, 16 rows", "balanced, 32 rows", "balanced  "):
+        assert name in out
+    assert "best: balanced, 16 rows" in out
+    assert mla_decode.Plan.load(path).group_rows == 16
+    assert " rows" not in run(capsys, *batch[:4], "16", *batch[5:])[1]
+
+
 def test_trace_writes_both_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code, out, _ = run(capsys, "trace", *SMALL, "--out", str(tmp_path))
     assert code == EXIT_OK

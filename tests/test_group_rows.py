@@ -25,6 +25,7 @@ from tests.test_mla import VARIANTS, decode_errors, variant
 SMALL = (16, 32)
 LENGTHS = [700, 1, 300, 64, 0, 130]
 SIZES = [(64, 1), (16, 4), (12, 5), (128, 1), (20, 2), (9, 1)]  # heads, new tokens
+ADOPTING = SIZES[:3]  # whose row groups are too many for one SM each: some are cut
 
 _SHARED: dict[str, Callable[[Case, int], tuple[list[Any], int]]] = {
     "reductions": lambda case, rows: cut(case, 2, group_rows=rows),
@@ -161,10 +162,13 @@ def test_gpu_variants(name: str, heads_per_kv: int, lengths: list[int], group_ro
 @pytest.mark.gpu
 @pytest.mark.parametrize("group_rows", SMALL)
 @pytest.mark.parametrize("heads, tokens", SIZES)
-def test_gpu_plans_that_adopt(heads: int, tokens: int, group_rows: int) -> None:
+def test_gpu_batches_that_fill_the_sms(heads: int, tokens: int, group_rows: int) -> None:
     lengths = [700 + 64 * (i % 5) for i in range(75)]
     case = make_case(lengths, heads, tokens, device="cuda")
-    require_decoded(case, plan_of(case, group_rows=group_rows))
+    plan = plan_of(case, group_rows=group_rows)
+    if (heads, tokens) in ADOPTING:
+        assert any(partial.adopted is not None for partial in partials(plan))
+    require_decoded(case, plan)
 
 
 # When the planner has them

@@ -19,7 +19,7 @@ from .errors import MlaDecodeError, UnsupportedError
 from .picture import write_png
 from .planning import POLICIES, Plan, plan
 from .trace_file import write_trace
-from .words import GROUP_ROWS, MAX_REDUCTION_INPUTS
+from .words import GROUP_ROWS, MAX_REDUCTION_INPUTS, MAX_ROWS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,12 +137,11 @@ def _tune(arguments: argparse.Namespace, console: Console) -> int:
     from rich.table import Table
 
     job = _Job.of(arguments)
-    candidates: list[tuple[str, int]] = [(p, 0) for p in POLICIES if p != "fixed"]
-    candidates += [("fixed", tiles) for tiles in arguments.tiles]
+    candidates = _candidates(arguments)
     case = job.case() if job.on_gpu else None
     results: list[tuple[float, float | None, Plan, float | None]] = []
     with Progress(console=console, transient=True) as progress:
-        for policy, tiles in progress.track(candidates, description="tuning"):
+        for policy, tiles, group_rows in progress.track(candidates, description="tuning"):
             made = plan(
                 job.seq_lens,
                 job.num_heads,
@@ -151,6 +150,7 @@ def _tune(arguments: argparse.Namespace, console: Console) -> int:
                 device=job.device,
                 policy=policy,
                 split_tiles=tiles,
+                group_rows=group_rows,
             )
             us = measure.decode_us(case, made, arguments.replays) if case is not None else None
             results.append((made.predicted_us, us, made, _quality(made)))
@@ -340,6 +340,18 @@ def _write_timeline(drawn: timeline.Timeline, folder: Path, name: str, console: 
     console.print(f"[bold]trace[/]      {trace} (open in https://ui.perfetto.dev)")
 
 
+def _candidates(arguments: argparse.Namespace) -> list[tuple[str, int, int]]:
+    """Policy, tiles per piece and rows of a row group of the plans to compare."""
+    rows = arguments.heads * arguments.new_tokens
+    smaller = [size for size in GROUP_ROWS if size < min(rows, MAX_ROWS)]
+    others = [policy for policy in POLICIES if policy not in ("balanced", "fixed")]
+    return [
+        *(("balanced", 0, size) for size in (MAX_ROWS, *smaller)),
+        *((policy, 0, MAX_ROWS) for policy in others),
+        *(("fixed", tiles, MAX_ROWS) for tiles in arguments.tiles),
+    ]
+
+
 def _quality(made: Plan) -> float | None:
     """Quality of the longest request's split; None if it is not split.
 
@@ -355,7 +367,9 @@ def _quality(made: Plan) -> float | None:
 
 
 def _name(made: Plan) -> str:
-    return f"{made.policy} {made.split_tiles}" if made.split_tiles else made.policy
+    tiles = f" {made.split_tiles}" if made.split_tiles else ""
+    groups = f", {made.group_rows} rows" if made.group_rows < MAX_ROWS else ""
+    return f"{made.policy}{tiles}{groups}"
 
 
 def _short(pieces: list[int]) -> str:
@@ -393,7 +407,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.add_argument("--load", type=Path, metavar="FILE", help="read a plan instead")
     planning.set_defaults(command=_plan)
 
-    tune = commands.add_parser("tune", help="compare policies and split sizes")
+    tune = commands.add_parser("tune", help="compare policies, split sizes and row groups")
     _add_batch(tune)
     tune.add_argument("--num-workers", type=int, help="SMs; those of the GPU, or 132")
     tune.add_argument(

@@ -17,6 +17,7 @@ __all__ = [
     "KERNELS",
     "CostModel",
     "device_slug",
+    "file_key",
     "floor_us",
     "kernel_of",
     "load",

@@ -469,9 +469,9 @@ def _grid(plan: AnyPlan, device: torch.device, num_sms: int) -> native.Grid:
     if size == 1:
         ctas = min(plan.num_workers, num_sms)
         # Neighbours in the queue read the same keys: in one cluster, at the same time.
-        in_pairs = plan.shares_keys and ctas % 2 == 0
-        in_pairs = in_pairs and ctas <= 2 * native.max_clusters(2, device)
-        return native.Grid(ctas, 2 if in_pairs else 1)
+        if plan.shares_keys and ctas % 2 == 0 and ctas // 2 <= native.max_clusters(2, device):
+            return native.Grid(ctas, 2)
+        return native.Grid(ctas)
     count = native.max_clusters(size, device)
     if plan.num_workers > count * size:
         raise UnsupportedError(
