@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "scheduler/spread.h"
+
 namespace mla {
 
 struct CostModel {
@@ -66,9 +68,20 @@ struct CostModel {
 
     // The same, told how many different tiles are read at a time.
     double stream_tile_us(double num_different) const {
-        return std::max(
-            partial_tile_compute_us + partial_tile_contention_us * std::max(num_different - 1, 0.0),
-            partial_tile_us * num_different);
+        return rate_limited_us(num_different, partial_tile_contention_us, partial_tile_us);
+    }
+
+    // The same where the workers are spread evenly over the GPU, see spread.h.
+    double spread_tile_us(double num_different) const {
+        return rate_limited_us(num_different,
+                               kSpreadContention * partial_tile_contention_us,
+                               kSpreadMemory * partial_tile_us);
+    }
+
+  private:
+    double rate_limited_us(double num_different, double contention_us, double memory_us) const {
+        return std::max(partial_tile_compute_us + contention_us * std::max(num_different - 1, 0.0),
+                        memory_us * num_different);
     }
 };
 

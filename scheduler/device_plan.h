@@ -41,11 +41,11 @@ class DevicePlanner {
     MLA_HOST_DEVICE int run(int32_t* words, int32_t* header) {
         const BatchTotals batch = read();
         const Cut made = cut(choose(batch));
-        counts_ = count();
+        counts_ = count(made);
         const bool sorted = sort(batch, made);
         write(made, sorted, words);
         if (team_.rank() == 0) {
-            header[kHeaderInstructions] = counts_.items;
+            header[kHeaderInstructions] = counts_.noops + counts_.items;
             header[kHeaderSlots] = counts_.slots;
             header[kHeaderBadLengths] = batch.num_bad;
             header[kHeaderBadRequest] = batch.num_bad > 0 ? batch.bad_request : 0;
@@ -59,12 +59,14 @@ class DevicePlanner {
         EvenCut even;
         CutTotals totals;
         uint32_t log2_mates;
+        int noops;  // that begin the queue, if nothing but partials follows
         bool is_line;
     };
     struct Cut {
         EvenCut even;
         LineCut line;
         uint32_t log2_mates;  // the most of a row group; 0: none have any
+        int noops;            // as in Choice
         bool is_line;
 
         // The pieces of a sequence are its mates.
@@ -79,9 +81,9 @@ class DevicePlanner {
         int32_t begin, end;
     };
     // Instructions are numbered: partials of every sequence, then reductions and fills of every
-    // sequence, then fills of padding.
+    // sequence, then fills of padding. No-ops, which come first, have no number.
     struct Counts {
-        int partials, slots, of_sequences, items;
+        int partials, slots, of_sequences, items, noops;
     };
 
     MLA_HOST_DEVICE BatchTotals read() {
@@ -112,7 +114,7 @@ class DevicePlanner {
     // ---- the choice -----------------------------------------------------------------
 
     MLA_HOST_DEVICE Choice choose(const BatchTotals& batch) {
-        if (!p_.balances()) return {EvenCut(p_.split_tiles, 0), {}, 0, false};
+        if (!p_.balances()) return {EvenCut(p_.split_tiles, 0), {}, 0, 0, false};
         const Estimate estimate(p_, batch);
         MLA_SHORT_LOOP
         for (int i = team_.group(); i < device_plan::kCandidates; i += team_.num_groups()) {
@@ -122,21 +124,23 @@ class DevicePlanner {
                 const CutTotals totals = team_.sum(totals_of(even));
                 ns = i == 0 ? estimate.line_ns(totals) : estimate.pieces_ns(even, totals);
                 uint32_t log2_mates = 0;
+                int noops = i == 0 ? 0 : estimate.noops(totals);
                 if (p_.has_clusters() && i > 0) {
                     const MatesTotals mates = team_.sum(mates_of(even));
                     const uint32_t mates_ns = estimate.mates_ns(mates);
                     if (mates_ns < ns) {
                         ns = mates_ns;
                         log2_mates = mates.most_log2;
+                        noops = estimate.noops(mates);
                     }
                 }
-                if (team_.lane() == 0) s_.candidates[i] = {even, totals, log2_mates};
+                if (team_.lane() == 0) s_.candidates[i] = {even, totals, log2_mates, noops};
             }
             if (team_.lane() == 0) s_.candidate_ns[i] = ns;
         }
         const int best = team_.least(s_.candidate_ns, device_plan::kCandidates);
         const Candidate& chosen = s_.candidates[best];
-        return {chosen.even, chosen.totals, chosen.log2_mates, best == 0};
+        return {chosen.even, chosen.totals, chosen.log2_mates, chosen.noops, best == 0};
     }
 
     MLA_HOST_DEVICE CutTotals totals_of(const EvenCut& even) const {
@@ -169,7 +173,7 @@ class DevicePlanner {
     // Pieces and reductions of every sequence, and where its instructions and slots begin.
     MLA_HOST_DEVICE Cut cut(const Choice& choice) {
         const int n = p_.num_sequences();
-        Cut made{choice.even, LineCut(), choice.log2_mates, choice.is_line};
+        Cut made{choice.even, LineCut(), choice.log2_mates, choice.noops, choice.is_line};
         CutTotals totals = choice.totals;
         if (choice.is_line) totals = cut_line(made.line);
         const uint32_t eighths = merged_eighths(p_, totals);
@@ -226,13 +230,14 @@ class DevicePlanner {
                (before_last > 0 ? before_last * slices.num_of(p_, whole_rows) : 0);
     }
 
-    MLA_HOST_DEVICE Counts count() const {
+    MLA_HOST_DEVICE Counts count(const Cut& cut) const {
         const int n = p_.num_sequences();
         Counts counts;
         counts.partials = s_.sums[n];
         counts.slots = s_.sums[2 * n] - counts.partials;
         counts.of_sequences = s_.sums[3 * n] - counts.slots;
         counts.items = counts.of_sequences + p_.num_kv_heads * requests_.padding_fills();
+        counts.noops = counts.items == counts.partials ? cut.noops : 0;
         return counts;
     }
 
@@ -319,13 +324,15 @@ class DevicePlanner {
     // ---- words ----------------------------------------------------------------------
 
     MLA_HOST_DEVICE void write(const Cut& cut, bool sorted, int32_t* words) const {
-        const int items = counts_.items;
+        const int noops = counts_.noops, items = counts_.items;
         MLA_SHORT_LOOP
-        for (int i = team_.rank(); i - team_.lane() < items; i += team_.size()) {
-            int place = i < items ? i : -1;
+        for (int i = team_.rank() - noops; i - team_.lane() < items; i += team_.size()) {
+            int place = i < items ? noops + i : -1;
             InstructionHead head;
-            if (i < counts_.partials) {
-                if (sorted) place = s_.places[i];
+            if (i < 0) {
+                head = noop(noops + i);
+            } else if (i < counts_.partials) {
+                if (sorted) place = noops + s_.places[i];
                 head = make_partial(
                     cut, i, sorted ? s_.keys[i] / device_plan::kKeys : find(s_.sums, i));
             } else if (i < counts_.of_sequences) {
@@ -337,7 +344,7 @@ class DevicePlanner {
         }
         MLA_SHORT_LOOP
         for (int i = team_.rank(); i < p_.num_workers; i += team_.size()) {
-            words[(int64_t{items} + i) * kInstructionWords + kWordOpcode] =
+            words[(int64_t{noops} + items + i) * kInstructionWords + kWordOpcode] =
                 static_cast<int32_t>(Opcode::kEndOfQueue);
         }
     }
@@ -347,6 +354,10 @@ class DevicePlanner {
     }
     // Slots are uids; the others count on behind them.
     MLA_HOST_DEVICE int uid_of(int item) const { return counts_.slots + item; }
+
+    MLA_HOST_DEVICE InstructionHead noop(int place) const {
+        return {{static_cast<int32_t>(Opcode::kNoop), uid_of(counts_.items + place)}};
+    }
 
     MLA_HOST_DEVICE InstructionHead make_partial(const Cut& cut, int item, int sequence) const {
         const Partial made = partial(cut, item, sequence);

@@ -74,12 +74,20 @@ class Estimate {
         return is_whole(candidate) || !p_.uniform() || batch_.groups <= workers;
     }
 
+    // That begin the queue, see spread.h.
+    MLA_HOST_DEVICE int noops(const CutTotals& cut) const {
+        return cut.slots == 0 ? p_.noops_before(cut.partials) : 0;
+    }
+    MLA_HOST_DEVICE int noops(const MatesTotals& cut) const {
+        const bool are_long_pairs = cut.most_log2 <= 1 && cut.most_tiles >= kLeastTilesOfMates;
+        return are_long_pairs ? p_.noops_before(cut.mates) & -2 : 0;
+    }
+
     // Pieces of a length, at most the longest sequence's.
     MLA_HOST_DEVICE uint32_t pieces_ns(const EvenCut& even, const CutTotals& cut) const {
         const uint32_t workers = p_.num_workers;
         if (cut.slots > 2 * workers) return kNever;
-        const uint64_t tile =
-            p_.tile_ns(p_.most_group_rows(), device_plan::smaller(cut.partials, workers));
+        const uint64_t tile = p_.tile_ns(device_plan::smaller(cut.partials, workers), noops(cut));
         const uint64_t whole = device_plan::smaller(batch_.longest, even.longest_whole) * tile;
         const uint64_t piece = device_plan::larger(even.tiles, p_.least_tiles()) * tile;
         // Rows are rounded to slices; the more the more pieces they have.
@@ -98,7 +106,7 @@ class Estimate {
 
     MLA_HOST_DEVICE uint32_t mates_ns(const MatesTotals& cut) const {
         if (cut.mates > static_cast<uint32_t>(p_.num_workers)) return kNever;
-        const uint64_t tile = p_.tile_ns(p_.most_group_rows(), cut.mates);
+        const uint64_t tile = p_.tile_ns(cut.mates, noops(cut));
         return saturated(device_plan::larger(cut.most_tiles, p_.least_tiles()) * tile +
                          p_.constants.mates[cut.most_log2]);
     }
@@ -109,7 +117,7 @@ class Estimate {
         const bool is_short =
             batch_.tiles <= kMaxLineTiles && batch_.longest <= p_.constants.most_tiles;
         if (!p_.uniform() || !is_short || batch_.tiles < kLineTiles * workers) return kNever;
-        const uint64_t tile = p_.tile_ns(p_.most_group_rows(), workers);
+        const uint64_t tile = p_.tile_ns(workers);
         return saturated(share_ns(whole.partials, tile) + (p_.cost.partial_next + tile) / 2 +
                          merge_ns(2 * p_.most_group_rows()));
     }

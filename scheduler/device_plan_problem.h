@@ -6,6 +6,7 @@
 
 #include "instructions/host_device.h"
 #include "instructions/layout.h"
+#include "scheduler/spread.h"
 
 // Before a loop: the planner's code is executed once, so fetching it counts for more than steps.
 #ifdef __CUDA_ARCH__
@@ -69,11 +70,15 @@ struct DevicePlanCost {
     uint32_t mates_fixed, mates_row_1024, store_row_1024;          // of 2 KiB; of 1 KiB
 };
 
+// Time per tile and stream, 1/1024 ns, with what row groups share.
+struct TileRate {
+    uint32_t memory_1024, contention_1024;
+};
+
 // What follows from a problem, so that no thread divides.
 struct DevicePlanConstants {
     device_plan::Reciprocal workers;
-    // Time per tile and stream, 1/1024 ns, with what row groups share.
-    uint32_t memory_1024, contention_1024;
+    TileRate rate, spread_rate;  // the latter where no-ops begin the queue
     // Workers that run the row groups of a piece side by side are a gang.
     uint32_t gangs;
     device_plan::Reciprocal by_gangs;
@@ -127,12 +132,20 @@ struct DevicePlanProblem {
     MLA_HOST_DEVICE uint32_t least_tiles() const {
         return most_group_rows() <= kNarrowRows ? kNarrowTilesAtOnce : 1;
     }
-    // Time per tile of a worker that works on `rows` rows while `streams` do.
-    MLA_HOST_DEVICE uint32_t tile_ns([[maybe_unused]] uint32_t rows, uint32_t streams) const {
-        const uint64_t contention = uint64_t{constants.contention_1024} * (streams - 1);
-        const uint64_t memory = uint64_t{constants.memory_1024} * streams;
+    // Time per tile of a worker while `streams` work.
+    MLA_HOST_DEVICE uint32_t tile_ns(const TileRate& rate, uint32_t streams) const {
+        const uint64_t contention = uint64_t{rate.contention_1024} * (streams - 1);
+        const uint64_t memory = uint64_t{rate.memory_1024} * streams;
         return device_plan::larger(cost.tile_compute + static_cast<uint32_t>(contention >> 10),
                                    static_cast<uint32_t>(memory >> 10));
+    }
+    // The same where so many no-ops begin the queue.
+    MLA_HOST_DEVICE uint32_t tile_ns(uint32_t streams, int noops = 0) const {
+        return tile_ns(noops > 0 ? constants.spread_rate : constants.rate, streams);
+    }
+    // No-ops before so many partials, which are whole sequences.
+    MLA_HOST_DEVICE int noops_before(int partials) const {
+        return max_groups() == 1 ? noops_to_spread(num_workers, partials) : 0;
     }
     MLA_HOST_DEVICE device_plan::Reciprocal reciprocal(uint32_t d) const {
         return d <= kMaxRows ? constants.small[d] : device_plan::reciprocal(d);
@@ -183,11 +196,12 @@ inline DevicePlanProblem with_constants(const DevicePlanProblem& problem) {
     k.most_tiles = static_cast<uint32_t>(INT32_MAX / (int64_t{groups} * p.num_sequences()));
     k.workers = device_plan::reciprocal(workers);
     const uint32_t sharing = p.uniform() ? groups : 1;
-    k.memory_1024 = p.cost.tile_1024 / sharing;
-    k.contention_1024 = p.cost.tile_contention_1024 / sharing;
+    k.rate = {p.cost.tile_1024 / sharing, p.cost.tile_contention_1024 / sharing};
+    k.spread_rate = {static_cast<uint32_t>(k.rate.memory_1024 * kSpreadMemory),
+                     static_cast<uint32_t>(k.rate.contention_1024 * kSpreadContention)};
     k.gangs = device_plan::larger(1u, workers / groups);
     k.by_gangs = device_plan::reciprocal(k.gangs);
-    const uint32_t tile = device_plan::larger(1u, p.tile_ns(p.most_group_rows(), workers));
+    const uint32_t tile = device_plan::larger(1u, p.tile_ns(workers));
     k.slot_eighths = (8 * p.max_rows() + groups - 1) / groups;
     k.line_lead = device_plan::smaller((p.cost.partial_next * 16 + tile / 2) / tile,
                                        device_plan::kMaxLineLead);

@@ -28,6 +28,7 @@ struct Candidate {
     EvenCut even;
     CutTotals totals;
     uint32_t log2_mates;  // the most of a row group
+    int noops;
 };
 
 struct DevicePlanState {

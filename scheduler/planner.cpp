@@ -45,14 +45,17 @@ struct Draft {
         : cut(std::move(whole_cut)),
           leaves(lower_leaves(problem, cut)),
           order(leaf_order(problem, cut)),
-          simulation(leaves, order, problem.num_workers, cost),
-          num_workers(problem.num_workers) {}
+          num_workers(problem.num_workers) {
+        num_noops = spread_workers(problem, leaves, order);
+        simulation.emplace(leaves, order, num_workers, cost);
+    }
 
     Cut cut;
     TaskGraph leaves;
     std::vector<int32_t> order;
-    LeafSimulation simulation;
+    std::optional<LeafSimulation> simulation;
     int num_workers;
+    int num_noops = 0;  // that begin the queue
 };
 
 // A plan that is not serialised yet.
@@ -79,7 +82,7 @@ bool complete(const Problem& problem,
               double give_up_us,
               Candidate& candidate) {
     const Draft& draft = *candidate.draft;
-    const Timeline& leaf_timeline = draft.simulation.timeline();
+    const Timeline& leaf_timeline = draft.simulation->timeline();
     if (leaf_timeline.makespan_us >= give_up_us) return false;
     candidate.graph = draft.leaves;
     lower_reductions(problem, cost, draft.cut, slices, candidate.graph);
@@ -94,7 +97,7 @@ bool complete(const Problem& problem,
     candidate.order = append_reductions(draft.order, candidate.graph, times);
     candidate.timeline =
         leaves_run_alike(draft, problem.num_workers)
-            ? draft.simulation.with_reductions(
+            ? draft.simulation->with_reductions(
                   candidate.graph, candidate.order, problem.num_workers)
             : simulate(candidate.graph, candidate.order, problem.num_workers, cost);
     return true;
@@ -187,7 +190,8 @@ class Search {
 
     static double score_us(const Candidate& candidate) {
         return candidate.timeline.makespan_us +
-               kInstructionPenaltyUs * static_cast<double>(candidate.graph.tasks.size());
+               kInstructionPenaltyUs *
+                   static_cast<double>(candidate.graph.tasks.size() - candidate.draft->num_noops);
     }
 
     bool out_of_budget(int64_t budget) const { return num_cuts_ >= kMinCuts && spent_ >= budget; }
@@ -352,7 +356,8 @@ Candidate search(const Batch& batch,
     for (const Clusters& each : clusters) {
         const int workers = std::min(each.count, problem.num_workers / each.ctas) * each.ctas;
         if (!Search::has_room(problem, workers)) continue;
-        const Problem clustered = make_problem(batch, workers);
+        Problem clustered = make_problem(batch, workers);
+        clustered.leaves_sms_out = workers < problem.num_workers;
         best = Search(clustered, cost).run_clusters(each.ctas, std::move(best));
     }
     return best;

@@ -27,7 +27,8 @@ struct Problem {
     std::vector<TokenRange> fills;
     int num_heads = 0;
     int group_rows = kMaxRows;
-    int num_workers = 0;  // CTAs, one per SM
+    int num_workers = 0;          // CTAs, one per SM
+    bool leaves_sms_out = false;  // clusters that are not on all of them
     int gang_size = 1;
     bool uniform = true;      // in row groups
     double kv_sharing = 1.0;  // row groups that read the same KV: their mean over the tiles

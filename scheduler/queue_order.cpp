@@ -3,9 +3,35 @@
 #include <algorithm>
 #include <numeric>
 
+#include "scheduler/spread.h"
 #include "scheduler/task_cost.h"
 
 namespace mla {
+
+int spread_workers(const Problem& problem, TaskGraph& leaves, std::vector<int32_t>& order) {
+    const bool whole = std::all_of(leaves.tasks.begin(), leaves.tasks.end(), [](const Task& task) {
+        return task.opcode == Opcode::kMlaPartial && task.to_output && task.num_mates <= 2 &&
+               task.kv_sharing == 1;
+    });
+    if (!whole || problem.leaves_sms_out) return 0;
+    int most_mates = 1;
+    double most_tiles = 0.0;
+    for (const Task& task : leaves.tasks) {
+        most_mates = std::max(most_mates, task.num_mates);
+        most_tiles = std::max(most_tiles, num_tiles_of_mate(task));
+    }
+    if (most_mates > 1 && most_tiles < kLeastTilesOfMates) return 0;
+
+    int noops = noops_to_spread(problem.num_workers, static_cast<int>(num_instructions(leaves)));
+    noops -= noops % most_mates;  // mates stay in one cluster
+    Task noop;
+    noop.to_output = true;  // it has no scratch slot
+    const auto first = static_cast<int32_t>(leaves.tasks.size());
+    leaves.tasks.insert(leaves.tasks.end(), noops, noop);
+    order.insert(order.begin(), noops, 0);
+    std::iota(order.begin(), order.begin() + noops, first);
+    return noops;
+}
 
 Forecast forecast(const TaskGraph& graph,
                   int num_leaves,

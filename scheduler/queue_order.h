@@ -5,10 +5,15 @@
 #include <vector>
 
 #include "scheduler/cost_model.h"
+#include "scheduler/problem.h"
 #include "scheduler/simulate.h"
 #include "scheduler/task_graph.h"
 
 namespace mla {
+
+// Puts no-ops before a queue of whole sequences, if that is what spread.h asks for. Returns how
+// many.
+int spread_workers(const Problem& problem, TaskGraph& leaves, std::vector<int32_t>& order);
 
 // When each task could begin if reductions never lacked a worker.
 struct Forecast {

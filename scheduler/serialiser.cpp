@@ -268,7 +268,9 @@ int serialise(const TaskGraph& graph,
         }
         instruction[kWordOpcode] = static_cast<int32_t>(task.opcode);
         instruction[kWordUid] = uid;
-        if (task.opcode == Opcode::kMlaFill) {
+        if (task.opcode == Opcode::kNoop) {
+            // Nothing but its opcode and uid.
+        } else if (task.opcode == Opcode::kMlaFill) {
             instruction[FillWords::kTokenBegin] = task.token_begin;
             instruction[FillWords::kTokenEnd] = task.token_end;
         } else if (graph.merges[task.merge].step > 0) {

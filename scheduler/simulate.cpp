@@ -126,7 +126,10 @@ class Simulation {
                const std::vector<int32_t>& order,
                int num_workers,
                const CostModel& cost)
-        : cost_(cost), least_tiles_(tiles_at_once(graph)), now_(cost.launch_us) {
+        : cost_(cost),
+          least_tiles_(tiles_at_once(graph)),
+          spread_(!order.empty() && graph.tasks[order[0]].opcode == Opcode::kNoop),
+          now_(cost.launch_us) {
         set_queue(graph, order, num_workers);
         first_streams_.reserve(workers_.size());
         next_streams_.reserve(order.size());
@@ -259,7 +262,8 @@ class Simulation {
         num_different_streams_ += static_cast<double>(streams) / partial.kv_sharing;
         if (num_streams_ == 0) num_different_streams_ = 0.0;  // rid of rounding errors
         rate_since_us_ = now_;
-        tile_us_ = cost_.stream_tile_us(num_different_streams_);
+        tile_us_ = spread_ ? cost_.spread_tile_us(num_different_streams_)
+                           : cost_.stream_tile_us(num_different_streams_);
     }
 
     // The first instructions: mates have workers side by side. Returns how many.
@@ -374,6 +378,7 @@ class Simulation {
     const std::vector<int32_t>* order_;
     const CostModel& cost_;
     const double least_tiles_;  // that a partial takes the time of
+    const bool spread_;         // see spread.h
     std::vector<Worker> workers_;
     std::vector<Sleepers> sleepers_;  // of each task
     std::vector<Wait> waits_;         // of each merge

@@ -161,8 +161,12 @@ class Validator {
                 return to_string(num_mates) + " mates stand behind " +
                        (num_mates_ == 0 ? "what is not shared" : to_string(num_mates_));
             });
+            check(num_mates == 0 || index_ % num_mates == 0, rules::kMatesFirst, [&] {
+                return to_string(num_mates) +
+                       " mates begin at a position that is no multiple of it";
+            });
         }
-        num_mates_ = num_mates;
+        if (opcode != Opcode::kNoop) num_mates_ = num_mates;
         next_mate_ = mate + 1 < num_mates ? mate + 1 : 0;
     }
 

@@ -29,7 +29,9 @@ inline constexpr Rule kLength{"length", "the length is the sequence's"};
 inline constexpr Rule kKvRange{"kv-range", "0 <= start < end <= length"};
 inline constexpr Rule kKvAlignment{"kv-alignment", "pieces are cut at whole tiles"};
 inline constexpr Rule kMates{"mates", "mates are complete, in order, and share all but the keys"};
-inline constexpr Rule kMatesFirst{"mates-first", "mates begin the queue, larger groups first"};
+inline constexpr Rule kMatesFirst{
+    "mates-first",
+    "mates come before all but no-ops, larger groups first, at multiples of their number"};
 inline constexpr Rule kDestination{"destination", "the output is that of the inputs' sequence"};
 inline constexpr Rule kInputCount{"input-count", "a list has 1 to 27 inputs, a run 1 to 65536"};
 inline constexpr Rule kRun{"run", "a run steps up, and counts its rows up from the first"};

@@ -199,7 +199,9 @@ def require_mates(batch: Batch, plan: Planned) -> None:
     assert plan.num_slots == 0
     assert set(counts.tolist()) <= {0, 2, 4, 8}
     assert counts.max() <= batch.cluster_ctas
-    places = np.arange(len(partials))
+    noops = int((plan.words[:, 0] == 0).sum())
+    assert noops % 2 == 0
+    places = noops + np.arange(len(partials))
     np.testing.assert_array_equal(plan.words[places], partials)
     np.testing.assert_array_equal(mates, places % np.maximum(counts, 1))
     assert (np.diff(counts) <= 0).all()

@@ -35,7 +35,7 @@ _SHARED: dict[str, Callable[[Case, int], tuple[list[Any], int]]] = {
 }
 
 
-def require_decoded(case: Case, plan: mla_decode.Plan) -> None:
+def require_decoded(case: Case, plan: mla_decode.Plan | mla_decode.DevicePlan) -> None:
     errors = decode_errors(case, plan=plan)
     assert errors.passed, errors
 

@@ -320,6 +320,11 @@ def keep(*positions: int) -> Callable[[Words], Words]:
     return lambda queue: queue[list(positions)]
 
 
+def behind_noops(count: int) -> Callable[[Words], Words]:
+    noops = np.zeros((count, 32), np.int32)
+    return lambda queue: np.vstack([noops, queue])
+
+
 MATE_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
     ("reserved", "behind a mate", set_word(FOUR, 14, 1)),
     ("uid", "used twice", set_word(FOUR + 1, 1, 0)),
@@ -358,11 +363,8 @@ MATE_VIOLATIONS: list[tuple[str, str, Callable[[Words], Words]]] = [
     ("mates", "one adopts", set_word(FOUR, 13, 2)),
     ("mates", "a gap between", set_word(TWO + 1, 6, 128)),
     ("mates", "an overlap", set_word(FOUR + 1, 6, 0)),
-    (
-        "mates-first",
-        "behind a no-op",
-        lambda queue: np.vstack([[[0] * 32], queue]).astype(np.int32),
-    ),
+    ("mates-first", "behind a no-op", behind_noops(1)),
+    ("mates-first", "four behind two no-ops", behind_noops(2)),
     ("mates-first", "behind a partial", move(ALONE, TWO)),
     ("mates-first", "four behind two", keep(4, 5, 0, 1, 2, 3, 6, 7)),
     ("output-once", "besides a partial", append(partial(9, 1, 1, (0, 130), 130, (0, 64)))),
