@@ -51,6 +51,11 @@ def test_workers_without_a_partial_come_first(batch: int, heads: int) -> None:
     assert all(isinstance(i, Partial) for i in made.decoded()[WORKERS - batch :])
 
 
+def test_the_summary_counts_them() -> None:
+    made = plan([1500] * 93, 16, policy="unsplit", num_workers=WORKERS)
+    assert "(93 partials, 0 reductions, 39 no-ops)" in made.summary()
+
+
 @pytest.mark.parametrize(
     "lengths, heads",
     [

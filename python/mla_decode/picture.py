@@ -196,10 +196,10 @@ def _legend(figure: Figure, timeline: Timeline) -> None:
                 handles.append(Patch(color=color, label=f"partial, request {r}"))
         else:
             handles.append(Patch(color=_REQUEST_COLORS[0], label="partial (shade: request)"))
-        if any(s.kind == "reduction" for s in timeline.slices):
-            handles.append(Patch(color=_COLORS["reduction"], label="reduction"))
-        if any(s.kind == "fill" for s in timeline.slices):
-            handles.append(Patch(color=_COLORS["fill"], label="fill"))
+        kinds = {s.kind for s in timeline.slices}
+        for kind in ("reduction", "fill", "no-op"):
+            if kind in kinds:
+                handles.append(Patch(color=_COLORS[kind], label=kind))
     if any(s.ready_us > s.start_us for s in timeline.slices):
         handles.append(Patch(color=_COLORS["wait"], label="waits for inputs"))
     handles.append(Patch(facecolor=_COLORS["idle"], edgecolor="#cccccc", label="idle"))

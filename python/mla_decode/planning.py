@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +24,7 @@ from .words import (
     MAX_ROWS,
     Fill,
     Instruction,
+    Noop,
     Partial,
     Reduction,
     Words,
@@ -161,16 +162,18 @@ class Plan:
 
     def summary(self) -> str:
         """The schedule in short, on one line."""
-        decoded = self.decoded()
-        partials = sum(isinstance(i, Partial) for i in decoded)
-        reductions = sum(isinstance(i, Reduction) for i in decoded)
-        fills = sum(isinstance(i, Fill) for i in decoded)
-        filling = f", {fills} fills" if fills else ""
+        kinds = Counter(type(instruction) for instruction in self.decoded())
+        others = "".join(
+            f", {kinds[kind]} {name}"
+            for kind, name in ((Fill, "fills"), (Noop, "no-ops"))
+            if kinds[kind]
+        )
         multiple = self.predicted_us / self.floor_us
         groups = f", rows in groups of {self.group_rows}" if self.group_rows < MAX_ROWS else ""
         return (
-            f"{self.num_instructions} instructions ({partials} partials, {reductions} reductions"
-            f"{filling}{groups}) on {self.num_workers} workers, {self.num_slots} scratch slots, "
+            f"{self.num_instructions} instructions ({kinds[Partial]} partials, "
+            f"{kinds[Reduction]} reductions{others}{groups}) on {self.num_workers} workers, "
+            f"{self.num_slots} scratch slots, "
             f"policy {self.policy}, predicted {self.predicted_us:.1f} us ({multiple:.2f} x floor)"
         )
 
