@@ -251,7 +251,7 @@ class ClusterMerge {
                         four_columns(from + mate * of_mate + chunk * kChunkBytes, Sent{}));
                 }
             }
-            to.store(row, sum);
+            to.store(row, sum, merged == INFINITY ? -INFINITY : merged);
         }
     }
     __device__ static float4 four_columns(uint32_t from, float) {
@@ -275,13 +275,19 @@ class ClusterMerge {
         float* scratch;  // or null
         Element* out;
 
-        // Four columns of each of the CTA's chunks.
+        // Four columns of each of the CTA's chunks. The LSE is wanted where results are stamped.
         template <int kOwnChunks>
-        __device__ void store(int row, const float4 (&x)[kOwnChunks]) const {
+        __device__ void store(int row, const float4 (&x)[kOwnChunks], float lse_log2) const {
             if (scratch != nullptr) {
 #pragma unroll
                 for (int i = 0; i < kOwnChunks; ++i) {
-                    store_16_bytes(scratch + row * kLatentDim + i * kColumnChunk, x[i]);
+                    float* to = scratch + row * kLatentDim + i * kColumnChunk;
+                    if constexpr (Config::kStampsResults) {
+                        const Stamp stamp(mk::launch_epoch<Config>(), mk::ptx::thread_in_cta());
+                        store_16_bytes(to, stamp.put_on(x[i], lse_log2));
+                    } else {
+                        store_16_bytes(to, x[i]);
+                    }
                 }
                 return;
             }

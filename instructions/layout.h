@@ -38,6 +38,15 @@ inline constexpr int kMaxRunInputs = 1 << 16;   // that a reduction can read as 
 inline constexpr int kMaxMates = 8;             // CTAs that may share a partial
 inline constexpr int kColumnChunk = 64;         // granularity of a reduction's column slice
 
+// Whether a reduction of so many chunks and inputs reads stamped results: each of 16 teams has one
+// chunk at most, or its share of the inputs of one, and 16 inputs.
+constexpr bool fits_stamps(int num_chunks, int num_inputs) {
+    constexpr int kTeams = 16;
+    int most_inputs = 16;
+    for (int shared = num_chunks; 2 * shared <= kTeams; shared *= 2) most_inputs *= 2;
+    return num_chunks <= kTeams && num_inputs <= most_inputs;
+}
+
 // Rows of every row group but a sequence's last, by those of a scratch slot. Several small groups
 // instead of a large one read the same keys, but merge faster.
 constexpr int group_rows_of(int slot_rows) {

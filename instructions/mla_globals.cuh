@@ -4,6 +4,7 @@
 
 #include "instructions/divisor.h"
 #include "instructions/layout.h"
+#include "instructions/stamp.cuh"
 #include "kittens.cuh"
 #include "megakernel/args.h"
 #include "megakernel/config.cuh"
@@ -23,6 +24,7 @@ struct MlaConfig : mk::DefaultConfig {
     static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
     static constexpr int kRows = kRows_;  // of a row group, at most
     static constexpr bool kNarrow = kRows <= kNarrowRows;
+    static constexpr bool kStampsResults = kRows <= kNarrowestRows;  // see stamp.cuh
     static constexpr int kConsumerRegisters = kWholeTileBoxes ? 224 : 216;
     static constexpr int kControlRegisters = kWholeTileBoxes ? 56 : 72;
 };
@@ -185,7 +187,10 @@ __device__ __forceinline__ int scratch_slot(int dst_batch) { return -dst_batch -
 // 16 bytes of a row: of a partial result, or of the output. Partial results are read soon, by the
 // reductions, and then no more: until then they stay in L2, whatever streams through it.
 __device__ __forceinline__ void store_16_bytes(float* to, const float4& value) {
-    mk::ptx::store_float4(to, value, mk::ptx::kEvictLast);
+    mk::ptx::store_float4(to, unstamped(value), mk::ptx::kEvictLast);
+}
+__device__ __forceinline__ void store_16_bytes(float* to, const StampedColumns& value) {
+    mk::ptx::store_relaxed_gpu_16_bytes(to, value, mk::ptx::kEvictLast);
 }
 template <class Element>
 __device__ __forceinline__ void store_16_bytes(Element* to, const float4& value) {
@@ -196,6 +201,12 @@ __device__ __forceinline__ void store_16_bytes(Element* to, const float4& value)
 template <class T>
 __device__ __forceinline__ auto row_writer(T* to) {
     return [to](int row, const float4& value) { store_16_bytes(to + row * kLatentDim, value); };
+}
+// The same, of rows with these LSEs, stamped.
+__device__ __forceinline__ auto stamped_row_writer(float* to, Stamp stamp, const float* lse_log2) {
+    return [to, stamp, lse_log2](int row, const float4& value) {
+        store_16_bytes(to + row * kLatentDim, stamp.put_on(value, lse_log2[row]));
+    };
 }
 
 // Two floats to the element type.

@@ -41,9 +41,10 @@ class NarrowConsumer {
         union {
             NarrowPTile<Element, kRows> p[kGroups];  // of the tile that each scored last
             struct {
-                // By warp: what the output is multiplied with, and another partial's.
+                // By warp: what the output is multiplied with, another partial's, and LSEs.
                 float inverse[Config::kNumConsumerWarps][kNarrowRows];
                 float adopted[Config::kNumConsumerWarps][kNarrowRows];
+                float lse_log2[Config::kNumConsumerWarps][kNarrowRows];
             } end;
         };
         NarrowExchange exchange[kGroups];   // maxima; in the end, sums of a warpgroup's own tiles
@@ -234,7 +235,7 @@ class NarrowConsumer {
     }
 
     // By each warp for itself, a lane for each row: what the output is to be multiplied with goes
-    // to scratch. Returns the row's LSE.
+    // to scratch, and the LSE if it goes along with the output. Returns the row's LSE.
     __device__ float finish_rows(const PartialWork& work) const {
         static_assert(kNarrowRows == mk::kWarpThreads);
         const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
@@ -268,6 +269,7 @@ class NarrowConsumer {
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
         shared.end.inverse[warp()][row] = own * inverse;
         shared.end.adopted[warp()][row] = adopted * inverse;
+        if (Config::kStampsResults) shared.end.lse_log2[warp()][row] = lse_log2;
         __syncwarp();
         return lse_log2;
     }
@@ -282,8 +284,9 @@ class NarrowConsumer {
             const int row = min(thread_row(r), work.num_rows - 1);
 #pragma unroll
             for (int i = 0; i < 2 * kHalfBlocks; ++i) {
-                element(o.block[i / 2], r, i % 2) +=
-                    weight.of[r] * __ldcg(&from[row * kLatentDim + i / 2 * kBlockCols + i % 2 * 8]);
+                float x = __ldcg(&from[row * kLatentDim + i / 2 * kBlockCols + i % 2 * 8]);
+                if (Config::kStampsResults) x = Stamp::value(__float_as_uint(x));
+                element(o.block[i / 2], r, i % 2) += weight.of[r] * x;
             }
         }
     }
@@ -335,7 +338,15 @@ class NarrowConsumer {
     __device__ void store_output(const PartialWork& work) {
         if (writes_scratch(work.dst_batch)) {
             float* dst = g.o_scratch + g.scratch_row(scratch_slot(work.dst_batch), 0) * kLatentDim;
-            store<float>(work.num_rows, [&](int col) { return row_writer(dst + col); }, [] {});
+            const auto writer = [&](int col) {
+                if constexpr (Config::kStampsResults) {
+                    const Stamp stamp(mk::launch_epoch<Config>(), col / kVectorColumns);
+                    return stamped_row_writer(dst + col, stamp, scratch().end.lse_log2[warp()]);
+                } else {
+                    return row_writer(dst + col);
+                }
+            };
+            store<float>(work.num_rows, writer, [] {});
         } else {
             Element* dst = reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;

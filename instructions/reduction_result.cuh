@@ -7,8 +7,6 @@
 
 namespace mla {
 
-inline constexpr int kVectorColumns = 4;  // that a thread sums
-
 // Of something relative to 2^own in a sum relative to 2^top; those that saw no key have none.
 __device__ __forceinline__ float weight_of(float own, float top) {
     return own == -INFINITY ? 0.f : mk::ptx::exp2_approx(own - top);
@@ -35,6 +33,12 @@ class ReductionResult {
     __device__ ReductionResult(const MlaGlobals& g, const ReductionWork& work, Scratch& shared)
         : g(g), work(work), shared(shared) {}
 
+    // Four columns of an input, where they lie in shared memory as they came.
+    __device__ static float4 columns_of_input(uint32_t address) {
+        const float4 columns = mk::ptx::load_smem_float4(address);
+        return Config::kStampsResults ? Stamp::values(columns) : columns;
+    }
+
     // While the inputs are not there yet.
     __device__ void note_sinks() const {
         const int row = threadIdx.x;
@@ -54,16 +58,27 @@ class ReductionResult {
         return total > 0.f ? mk::ptx::reciprocal_approx(total + sink) : 0.f;
     }
     __device__ void note_lse(int row, float top, float total) const {
+        shared.lse_log2[row] = lse_of(top, total);
+    }
+    __device__ static float lse_of(float top, float total) {
         const bool seen = total > 0.f;  // did any input see a key
-        shared.lse_log2[row] = seen ? top + __log2f(total) : -INFINITY;
+        return seen ? top + __log2f(total) : -INFINITY;
     }
 
-    // Row and column as the slice counts them.
-    __device__ void store(int row, int slice_col, const float4& v) const {
+    __device__ float noted_lse(int row) const { return shared.lse_log2[row]; }
+
+    // Row and column as the slice counts them; the row's LSE, for a stamp.
+    __device__ void store(int row, int slice_col, const float4& v, float lse_log2) const {
         const int col = work.col_begin + slice_col;
         if (writes_scratch(work.dst_batch)) {
             const int64_t at = g.scratch_row(scratch_slot(work.dst_batch), work.first_row + row);
-            *reinterpret_cast<float4*>(&g.o_scratch[at * kLatentDim + col]) = v;
+            float* to = &g.o_scratch[at * kLatentDim + col];
+            if constexpr (Config::kStampsResults) {
+                const Stamp stamp(mk::launch_epoch<Config>(), col / kVectorColumns);
+                store_16_bytes(to, stamp.put_on(v, lse_log2));
+            } else {
+                *reinterpret_cast<float4*>(to) = unstamped(v);
+            }
             return;
         }
         const int64_t at = static_cast<int64_t>(work.flat_row + row) * kLatentDim;

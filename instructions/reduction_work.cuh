@@ -32,7 +32,8 @@ struct ReductionWork {
         num_rows = shape.num_rows > 0 ? shape.num_rows : g.num_heads - shape.head_begin;
         col_begin = shape.col_begin;
         num_cols = shape.num_cols > 0 ? shape.num_cols : kLatentDim - col_begin;
-        rows_per_chunk = (1 << 16) / chunks_per_row() + 1;
+        const auto chunks = static_cast<float>(chunks_per_row());
+        rows_per_chunk = static_cast<int>((1 << 16) * mk::ptx::reciprocal_approx(chunks)) + 1;
     }
     __device__ int slot(int input) const {
         return listed != nullptr ? listed[input] : run_first + input * run_step;

@@ -204,12 +204,13 @@ class RowMerge {
 #pragma unroll
                 for (int i = 0; i < kTogether; ++i) {
                     const int there = min(input + i, work.num_inputs - 1);
-                    columns[i] = mk::ptx::load_smem_float4(from + there * step);
+                    columns[i] = Result::columns_of_input(from + there * step);
                 }
 #pragma unroll
                 for (int i = 0; i < kTogether; ++i) add_weighted(sum, columns[i], own[i]);
             }
-            result.store(first + row, (at - row * row_vectors) * kVectorColumns, sum);
+            const int col = (at - row * row_vectors) * kVectorColumns;
+            result.store(first + row, col, sum, result.noted_lse(first + row));
         }
     }
 };

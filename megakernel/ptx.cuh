@@ -290,6 +290,43 @@ __device__ __forceinline__ void store_float4(float* pointer, const float4& value
                  : "memory");
 }
 
+// 16 bytes in one access, past L1.
+__device__ __forceinline__ uint4 load_relaxed_gpu_16_bytes(const void* pointer) {
+    uint4 v;
+    asm volatile(
+        "{\n"
+        ".reg .b128 all;\n"
+        ".reg .b64 low, high;\n"
+        "ld.relaxed.gpu.global.b128 all, [%4];\n"
+        "mov.b128 {low, high}, all;\n"
+        "mov.b64 {%0, %1}, low;\n"
+        "mov.b64 {%2, %3}, high;\n"
+        "}"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+        : "l"(pointer)
+        : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_relaxed_gpu_16_bytes(void* pointer,
+                                                           const uint4& value,
+                                                           uint64_t policy) {
+    asm volatile(
+        "{\n"
+        ".reg .b128 all;\n"
+        ".reg .b64 low, high;\n"
+        "mov.b64 low, {%1, %2};\n"
+        "mov.b64 high, {%3, %4};\n"
+        "mov.b128 all, {low, high};\n"
+        "st.relaxed.gpu.global.L2::cache_hint.b128 [%0], all, %5;\n"
+        "}" ::"l"(pointer),
+        "r"(value.x),
+        "r"(value.y),
+        "r"(value.z),
+        "r"(value.w),
+        "l"(policy)
+        : "memory");
+}
+
 // What is there may still be written: L2 is where all see the same.
 __device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));

@@ -109,26 +109,39 @@ class State {
         }
     }
 
-    // The same for a warp whose lanes wait for flags of their own, or for none: each calls use() as
-    // soon as its flag is up, or at once where that is known.
-    template <class Use>
-    __device__ bool watch_done_flags(
-        const int32_t* flags, int own, bool waits, bool known, Use use) const {
+    // For a warp whose lanes wait for what other CTAs do, or for nothing: calls look() until it has
+    // said for all lanes that they wait no more. `index` says for what, `seen` what is there
+    // instead.
+    template <class Look>
+    __device__ bool keep_looking(int index, const int32_t& seen, Look look) const {
         constexpr int kPauseNs = 100;  // hundreds of warps may look at one line
         const int32_t epoch = launch_epoch<Config>();
         for (uint32_t start = 0;;) {
-            const int32_t seen = waits && !known ? ptx::load_acquire_gpu(&flags[own]) : epoch;
+            const bool waits = look();
+            if (__all_sync(~0u, !waits)) return true;
+            __nanosleep(kPauseNs);
+            if (start == 0) start = coarse_time();
+            const bool expired = waits && watchdog_.flag_expired(start, slot(), index, epoch, seen);
+            if (__any_sync(~0u, expired)) [[unlikely]]
+                return false;
+        }
+    }
+
+    // The same for flags of the lanes' own: each calls use() as soon as its flag is up, or at once
+    // where that is known.
+    template <class Use>
+    __device__ bool watch_done_flags(
+        const int32_t* flags, int own, bool waits, bool known, Use use) const {
+        const int32_t epoch = launch_epoch<Config>();
+        int32_t seen = epoch;
+        return keep_looking(own, seen, [&] {
+            if (waits && !known) seen = ptx::load_acquire_gpu(&flags[own]);
             if (waits && seen == epoch) {
                 waits = false;
                 use();
             }
-            if (__all_sync(~0u, !waits)) return true;
-            __nanosleep(kPauseNs);
-            if (start == 0) start = coarse_time();
-            const bool expired = waits && watchdog_.flag_expired(start, slot(), own, epoch, seen);
-            if (__any_sync(~0u, expired)) [[unlikely]]
-                return false;
-        }
+            return waits;
+        });
     }
 
     // Raises a flag for all that this thread wrote, and all that it has seen written.

@@ -54,6 +54,8 @@ struct CostModel {
     // stored; and the same when it follows another instruction and need not wait.
     double reduction_fixed_us = 2.0;
     double reduction_next_us = 1.2;
+    // What it takes less, having waited, if it finds its inputs by their stamps, see fits_stamps.
+    double reduction_stamps_us = 0.0;
     // One KiB of fp32 input read by one SM, mostly from L2.
     double reduction_kib_us = 0.016;
 
@@ -107,6 +109,7 @@ inline constexpr CostField kCostFields[] = {
     {"partial_tile_contention_us", &CostModel::partial_tile_contention_us},
     {"reduction_fixed_us", &CostModel::reduction_fixed_us},
     {"reduction_next_us", &CostModel::reduction_next_us},
+    {"reduction_stamps_us", &CostModel::reduction_stamps_us},
     {"reduction_kib_us", &CostModel::reduction_kib_us},
     {"dependency_us", &CostModel::dependency_us},
 };

@@ -46,8 +46,11 @@ inline double partial_store_us(const Task& partial, const CostModel& cost) {
 inline double reduction_us(
     int num_inputs, int num_rows, int num_cols, bool follows, const CostModel& cost) {
     const double bytes = 4.0 * num_inputs * num_rows * num_cols;
-    return (follows ? cost.reduction_next_us : cost.reduction_fixed_us) +
-           cost.reduction_kib_us * bytes / kBytesPerKib;
+    const double bytes_us = cost.reduction_kib_us * bytes / kBytesPerKib;
+    if (follows) return cost.reduction_next_us + bytes_us;
+    const bool by_stamps = fits_stamps(num_rows * (num_cols / kColumnChunk), num_inputs);
+    const double gain_us = by_stamps ? cost.reduction_stamps_us : 0.0;
+    return std::max(cost.reduction_fixed_us - gain_us, 0.0) + bytes_us;
 }
 
 // All of it. One SM stores zeros about as fast as it streams tiles.

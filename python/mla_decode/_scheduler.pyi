@@ -66,6 +66,7 @@ class _CostFields(TypedDict, total=False):
     partial_tile_contention_us: float
     reduction_fixed_us: float
     reduction_next_us: float
+    reduction_stamps_us: float
     reduction_kib_us: float
     dependency_us: float
 
@@ -97,6 +98,8 @@ class CostModel:
         What every other SM that streams adds to that.
     reduction_fixed_us, reduction_next_us
         A reduction without its bytes, after waiting, and right after another instruction.
+    reduction_stamps_us
+        What a reduction takes less, having waited, that finds its inputs by their stamps.
     reduction_kib_us
         One KiB of a reduction's input.
     dependency_us
@@ -118,6 +121,7 @@ class CostModel:
     partial_tile_contention_us: float
     reduction_fixed_us: float
     reduction_next_us: float
+    reduction_stamps_us: float
     reduction_kib_us: float
     dependency_us: float
 

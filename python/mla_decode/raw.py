@@ -114,7 +114,9 @@ def mla_decode(
         ``[slots, slot_rows, 512]`` fp32, ``[slots, slot_rows]`` fp32 and ``[slots]`` int32,
         written; slot count of the plan, ``slot_rows`` the (token, head) rows of a request,
         at most 64. With 32 or 16 the queue's row groups have so many rows, whatever a request
-        has, otherwise 64 (`Plan.group_rows`). ``completion_flag`` is zeroed once, at creation.
+        has, otherwise 64 (`Plan.group_rows`). ``o_scratch`` and ``completion_flag`` are zeroed
+        once, when ``global_instruction_index`` is, and used with that one only: what they hold
+        tells which launch has written it.
     softmax_scale : float
         Multiplies the scores before the softmax.
     tic : int

@@ -77,14 +77,14 @@ class Workspace:
 
     def _make_views(self, num_slots: int, slot_rows: int) -> WorkspaceViews:
         rows = num_slots * slot_rows
-        self._o = self._grown(self._o, rows * LATENT_DIM)
+        # Stamps and flags of earlier launches are harmless: they are of earlier epochs.
+        self._o = self._grown(self._o, rows * LATENT_DIM, zero=True)
         self._lvec = self._grown(self._lvec, rows)
         self._flags = self._grown(self._flags, num_slots, zero=True)
         made = WorkspaceViews(
             self._queue_state,
             self._o[: rows * LATENT_DIM].view(num_slots, slot_rows, LATENT_DIM),
             self._lvec[:rows].view(num_slots, slot_rows),
-            # Flags of an earlier layout are harmless: they are of an earlier epoch.
             self._flags[:num_slots],
         )
         if len(self._views) >= _MAX_VIEWS:
@@ -93,7 +93,10 @@ class Workspace:
         return made
 
     def poison(self) -> None:
-        """Fill the scratch with NaN, so that a value read before it is written shows."""
+        """Fill the scratch with NaN, so that a value read before it is written shows.
+
+        These NaN are not taken for a result of a launch that stamps its results.
+        """
         self._o.fill_(float("nan"))
         self._lvec.fill_(float("nan"))
 
