@@ -91,7 +91,6 @@ class ChunkMerge {
         const int own = (step.turn << kBatchLog2) + pair >> width_log2;
         return teams.first_chunk() + own * kTeams;
     }
-
     // ---- copies -----------------------------------------------------------------------
 
     // Where in a batch's place a pair's columns are put, those of all teams side by side.

@@ -19,11 +19,6 @@ class StampedMerge {
     static constexpr int kHalf = kTeamThreads / 2;
     using Half = StampedColumns[kHalf];
 
-    static constexpr int kTeams = Teams::kTeams;
-    static_assert(fits_stamps(kTeams, kTeamThreads) && fits_stamps(1, kTeams* kTeamThreads) &&
-                      !fits_stamps(kTeams + 1, 1) && !fits_stamps(kTeams, kTeamThreads + 1),
-                  "the planner counts with what is_for says");
-
   public:
     __device__ StampedMerge(const MlaGlobals& g, const State& state, const Teams& teams)
         : g(g),
@@ -33,7 +28,7 @@ class StampedMerge {
           stamp(mk::launch_epoch<Config>(), teams.lane) {}
 
     __device__ static bool is_for(const Teams& teams) {
-        return teams.work.num_chunks() <= kTeams && teams.own_inputs <= kTeamThreads;
+        return teams.work.num_chunks() <= Teams::kTeams && teams.own_inputs <= kTeamThreads;
     }
 
     // The team's inputs of its chunk.
