@@ -891,6 +891,16 @@ def test_workspace_grows_and_keeps_what_it_outgrew() -> None:
     assert workspace.nbytes == both - 4 * 32  # one queue state
 
 
+def test_new_memory_of_a_workspace_bears_no_stamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier workspace left in it would be taken for this one's: epochs begin anew."""
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: torch.ones(*sizes, **options))
+    workspace = mla_decode.Workspace("cpu", 2, 8)
+    for sizes in ((2, 8), (10, 16)):
+        views = workspace.views(*sizes)
+        assert not views.o_scratch.any()
+        assert not views.completion_flag.any()
+
+
 def test_one_workspace_serves_batches_of_other_sizes() -> None:
     workspace = mla_decode.Workspace("cpu")
     for lengths, heads, tokens in (([3000], 16, 4), ([700, 900], 8, 1), ([3000, 5], 64, 2)):

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from mla_decode import _scheduler
 from mla_decode._scheduler import CostModel, PlanData
+from mla_decode.words import Partial, Reduction
+
+from tests.support import pack
 
 COST = CostModel()
 NUM_SMS = 132
@@ -374,6 +377,38 @@ def test_who_adopts_waits_for_what_it_adopts() -> None:
     waits = COST.dependency_us + COST.adopt_fixed_us + merged_kib * COST.adopt_kib_us
     expected = waits + stored_kib * COST.partial_store_kib_us
     assert end[1] - end[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "inputs", "fits"),
+    [
+        (1, 64, 256, True),
+        (1, 64, 257, False),
+        (1, 192, 64, True),
+        (1, 192, 65, False),
+        (1, 512, 32, True),
+        (1, 512, 33, False),
+        (2, 512, 16, True),
+        (2, 512, 17, False),
+        (3, 512, 2, False),
+    ],
+)
+def test_a_reduction_gains_by_stamps_if_it_fits(
+    rows: int, columns: int, inputs: int, fits: bool
+) -> None:
+    """What the kernel's merge by stamps takes; the rest waits for flags as ever."""
+    length = inputs * 64
+    partials = [Partial(i, -i - 1, 0, 64 * i, 64 * i + 64, length) for i in range(inputs)]
+    merge = Reduction(inputs, 0, 0, range(inputs), num_rows=rows, num_cols=columns)
+    words = pack(*partials, merge)
+
+    def end_us(stamps_us: float) -> float:
+        cost = CostModel(reduction_fixed_us=2.0, reduction_stamps_us=stamps_us)
+        _, _, end, _ = _scheduler.simulate(words, 16, 1, inputs + 1, cost)
+        return float(end[-1])
+
+    assert end_us(0.0) - end_us(0.5) == pytest.approx(0.5 if fits else 0.0, abs=1e-3)
+    assert end_us(0.0) - end_us(5.0) == pytest.approx(2.0 if fits else 0.0, abs=1e-3)
 
 
 LOGNORMAL = np.random.default_rng(2).lognormal(8, 1, 128).astype(int).tolist()

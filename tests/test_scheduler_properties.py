@@ -30,6 +30,7 @@ COSTS = st.builds(
     partial_tile_compute_us=st.floats(1e-3, 100.0),
     reduction_fixed_us=MICROSECONDS,
     reduction_next_us=MICROSECONDS,
+    reduction_stamps_us=MICROSECONDS,
     reduction_kib_us=MICROSECONDS,
     dependency_us=MICROSECONDS,
 )
