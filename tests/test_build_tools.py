@@ -382,9 +382,14 @@ def test_bench_and_gpu_check_say_that_there_is_no_gpu(capsys: pytest.CaptureFixt
     assert "no CUDA GPU" in answer.stderr
 
 
+@pytest.mark.parametrize("failed", [[], ["tests.test_mla::test_one"]], ids=("passed", "failed"))
 @pytest.mark.parametrize("passed", [True, False])
 def test_gpu_check_writes_results_that_the_schema_accepts(
-    passed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    passed: bool,
+    failed: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     rel_err = 2e-3 if passed else math.inf
     case_row = {"case": "one", "rel_err": rel_err, "lse_max_abs_err": 0.0, "passed": passed}
@@ -403,16 +408,37 @@ def test_gpu_check_writes_results_that_the_schema_accepts(
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
     monkeypatch.setattr(gpu_check, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(gpu_check, "run_tests", lambda extra: (0, [gpu_check.finite(case_row)]))
+    monkeypatch.setattr(
+        gpu_check, "run_tests", lambda extra: (failed, [gpu_check.finite(case_row)])
+    )
     monkeypatch.setattr(bench, "run", lambda *arguments: rows)
 
-    assert gpu_check.main() == (0 if passed else 1)
+    assert gpu_check.main() == (0 if passed and not failed else 1)
+    assert all(name in capsys.readouterr().out.splitlines()[-1] for name in failed)
     record = json.loads((tmp_path / "results" / "nvidia-h200.json").read_text())
     results.check_schema(record)
     assert record["source_digest"] == source_digest.source_digest()
+    assert record["failed_tests"] == failed
     assert [row["shape"] for row in record["benchmark"]] == list(shapes.SHAPES)
     assert record["floor"] == floor.as_json()
     assert json.loads((out / "nvidia-h200.json").read_text()) == record
+
+
+def test_gpu_check_names_the_tests_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "CORRECTNESS_LOG", tmp_path / "build" / "rows.jsonl")
+    test = tmp_path / "test_some.py"
+    test.write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n\n"
+        "def test_good(): pass\n\n"
+        "@pytest.mark.parametrize('x', (1, 2))\ndef test_bad(x): assert x == 1\n"
+    )
+    quietly = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+    assert gpu_check.run_tests(quietly) == (["test_some::test_bad[2]"], [])
+    test.write_text("def test_of_no_gpu(): pass\n")
+    assert gpu_check.run_tests(quietly) == (["pytest ended with status 5"], [])
 
 
 def test_a_gpu_test_is_skipped_loudly(pytestconfig: pytest.Config, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def test_results_file_is_complete(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_results_file_records_no_failure(path: Path) -> None:
     record = json.loads(path.read_text())
+    assert record.get("failed_tests", []) == []
     assert [row["case"] for row in record["correctness"] if not row["passed"]] == []
     ours = [row for row in record["benchmark"] if row["impl"] == "mla_decode"]
     assert [row["shape"] for row in ours if not row["rel_err"] <= MAX_REL_ERR] == []

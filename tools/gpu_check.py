@@ -2,8 +2,8 @@
 
     python tools/gpu_check.py [--pytest ARGS] [--replays N]
 
-The file is written even when something failed, and says so; the exit status is then 1. A copy goes
-to the folder that OUT names, if it is set.
+The file is written even when something failed, and names the tests; the exit status is then 1. A
+copy goes to the folder that OUT names, if it is set.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 
@@ -35,17 +36,31 @@ from tools.source_digest import source_digest  # noqa: E402
 CORRECTNESS_LOG = ROOT / "build" / "correctness.jsonl"
 
 
-def run_tests(extra: list[str]) -> tuple[int, list[dict[str, Any]]]:
-    """Run ``pytest -m gpu``; return its exit status and the correctness rows."""
+def run_tests(extra: list[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Run ``pytest -m gpu``; return the names of tests that failed, and the correctness rows."""
     CORRECTNESS_LOG.parent.mkdir(exist_ok=True)
-    CORRECTNESS_LOG.unlink(missing_ok=True)
+    report = CORRECTNESS_LOG.with_name("gpu-tests.xml")
+    for file in (CORRECTNESS_LOG, report):
+        file.unlink(missing_ok=True)
     status = subprocess.run(
-        [sys.executable, "-m", "pytest", "-m", "gpu", *extra],
+        [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={report}", *extra],
         cwd=ROOT,
         env={**os.environ, "MLA_DECODE_CORRECTNESS": str(CORRECTNESS_LOG)},
     ).returncode
+    failed = failed_tests(report) if report.exists() else []
+    if status and not failed:
+        failed = [f"pytest ended with status {status}"]
     lines = CORRECTNESS_LOG.read_text().splitlines() if CORRECTNESS_LOG.exists() else []
-    return status, [finite(json.loads(line)) for line in lines]
+    return failed, [finite(json.loads(line)) for line in lines]
+
+
+def failed_tests(report: Path) -> list[str]:
+    """Return the tests that failed, or could not run, by pytest's JUnit report."""
+    return [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in ElementTree.parse(report).iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
 
 
 def finite(row: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +80,7 @@ def main() -> int:
         print(f"gpu-check: no CUDA GPU (torch {torch.__version__})", file=sys.stderr)
         return 2
     digest = source_digest()  # before, so that an edit during the run does not count as measured
-    status, correctness = run_tests(shlex.split(arguments.pytest))
+    failed, correctness = run_tests(shlex.split(arguments.pytest))
     rows = bench.run(list(SHAPES.values()), list(IMPLEMENTATIONS), arguments.replays)
     device = torch.cuda.get_device_name()
     results = {
@@ -76,10 +91,11 @@ def main() -> int:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "floor": rows[0].floor.as_json(),
+        "failed_tests": failed,
         "correctness": correctness,
         "benchmark": [finite(row.as_json()) for row in rows if math.isfinite(row.us)],
     }
-    failures = [f"pytest ended with status {status}"] if status else []
+    failures = [*failed]
     failures += [f"correctness: {row['case']}" for row in correctness if not row["passed"]]
     failures += [] if correctness else ["no correctness row was recorded"]
     ours = [row for row in rows if row.impl == bench.OURS]

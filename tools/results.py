@@ -37,6 +37,7 @@ HEAD = {
     "correctness": list,
     "benchmark": list,
 }
+LATER = {"floor": dict, "failed_tests": list}
 FLOOR = {"launch_us": NUMBER, "bytes_per_us": NUMBER, "flop_per_us": NUMBER, "measured": bool}
 CORRECTNESS = {"case": str, "rel_err": NUMBER, "lse_max_abs_err": NUMBER, "passed": bool}
 BENCHMARK = {
@@ -79,11 +80,12 @@ def check_fields(record: Any, fields: dict[str, Any], where: str) -> None:
 def check_schema(results: Any) -> None:
     """Raise ResultsError unless ``results`` has exactly the documented fields.
 
-    Without ``floor``, which older files have not, rows count with streams that an H200 once gave.
+    Older files have no ``floor``: their rows count with streams that an H200 once gave. Nor have
+    they ``failed_tests``.
     """
-    with_floor = "floor" in results
-    check_fields(results, HEAD | ({"floor": dict} if with_floor else {}), "results")
-    if with_floor:
+    later = {name: kind for name, kind in LATER.items() if name in results}
+    check_fields(results, HEAD | later, "results")
+    if "floor" in results:
         check_fields(results["floor"], FLOOR, "floor")
     for i, row in enumerate(results["correctness"]):
         check_fields(row, CORRECTNESS, f"correctness[{i}]")
