@@ -172,11 +172,11 @@ def test_inputs_that_saw_no_key_count_nothing() -> None:
 
 
 def test_late_input_is_awaited() -> None:
-    """The queue's first CTA merges what the last one writes, long after."""
-    case = make_case([400 * KV_TILE], 16, device="cuda")
-    lengths = case.seq_lens[0]
-    short = Partial(0, -1, 0, 0, KV_TILE, lengths)
-    long = Partial(1, -2, 0, KV_TILE, lengths, lengths)
+    """Of one input of all merges, long after the other one is there and all have begun."""
+    length = 400 * KV_TILE
+    case = make_case([length], 16, device="cuda")
+    short = Partial(0, -1, 0, 0, KV_TILE, length)
+    long = Partial(1, -2, 0, KV_TILE, length, length)
     merge = Reduction(2, 0, 0, range(2), num_rows=16)
     slices = [replace(merge, uid=2 + i, num_rows=2, row_offset=2 * i) for i in range(8)]
     for _ in range(3):

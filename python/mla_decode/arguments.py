@@ -86,11 +86,11 @@ class KernelArguments:
     attn_sink: torch.Tensor | None
     """``[h_kv * G]`` fp32, contiguous, natural log: scales O, not the LSE."""
     o_scratch: torch.Tensor
-    """``[slots, slot_rows, 512]`` fp32, contiguous, written."""
+    """``[slots, slot_rows, 512]`` fp32, contiguous, written; zeroed once, with ``queue_state``."""
     lvec_scratch: torch.Tensor
     """``[slots, slot_rows]`` fp32, contiguous, written: base-2 LSE."""
     completion_flag: torch.Tensor
-    """``[slots]`` int32, contiguous, written."""
+    """``[slots]`` int32, contiguous, written; zeroed once, with ``queue_state``."""
     softmax_scale: float
     tic: int
     causal: bool = True
