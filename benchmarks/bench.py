@@ -28,12 +28,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import floor, planning, report
+from benchmarks import choice, floor, planning, report
 from benchmarks.implementations import IMPLEMENTATIONS, STEPS
 from benchmarks.measure import REPLAYS, Row, measure
-from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape, random_shapes, read_shapes
+from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape
 
-ALL_SHAPES = {**SHAPES, **SERVING_SHAPES}
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "mla_decode"
 LAYERS = 61  # of DeepSeek-V3
@@ -166,7 +165,7 @@ def exit_code(rows: list[Row]) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench", description="MLA decode beside its peers")
-    parser.add_argument("--shapes", nargs="+", metavar="NAME", help=f"of {', '.join(ALL_SHAPES)}")
+    choice.add_options(parser)
     parser.add_argument(
         "--serving", action="store_true", help="block sizes, mixed batches, batch invariance"
     )
@@ -178,27 +177,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--step", action="store_true", help="decode steps of --layers layers instead of calls"
     )
     parser.add_argument("--layers", type=int, default=LAYERS, help="of a step (DeepSeek-V3 has 61)")
-    parser.add_argument("--random", type=int, default=0, metavar="N", help="random batches instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the random batches")
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), metavar="NAME")
     parser.add_argument("--replays", type=int, default=REPLAYS)
-    parser.add_argument("--file", type=Path, help="shapes of your own, in JSON")
     parser.add_argument("--out", type=Path, help="write the rows as JSON")
     parser.add_argument(
         "--report", type=Path, metavar="FOLDER", help="write CSV, JSON, pictures and Markdown"
     )
     arguments = parser.parse_args(argv)
-    try:
-        arguments.from_file = read_shapes(arguments.file) if arguments.file else []
-    except (OSError, ValueError) as error:
-        parser.error(f"--file: {error}")
+    table = SERVING_SHAPES if arguments.serving else SHAPES
+    arguments.chosen = choice.chosen(parser, arguments, table.values())
     if arguments.step and (arguments.out or arguments.report or arguments.impls):
         parser.error("--step prints a table of its own: no --out, --report or --impls")
     if arguments.layers < 1:
         parser.error(f"--layers: expected at least 1, got {arguments.layers}")
-    unknown = set(arguments.shapes or []) - set(ALL_SHAPES)
-    if unknown:
-        parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(ALL_SHAPES)}")
     return arguments
 
 
@@ -212,12 +203,9 @@ def main(argv: list[str] | None = None) -> int:
         return planning.run(arguments.replays)
     if arguments.floor:
         return floor.run(arguments.replays)
-    table = SERVING_SHAPES if arguments.serving else SHAPES
-    others = arguments.from_file + random_shapes(arguments.random, arguments.seed)
-    chosen = [ALL_SHAPES[name] for name in arguments.shapes or ([] if others else table)] + others
     if arguments.step:
-        return exit_code(run_steps(chosen, arguments.layers, arguments.replays))
-    rows = run(chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
+        return exit_code(run_steps(arguments.chosen, arguments.layers, arguments.replays))
+    rows = run(arguments.chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
     if arguments.out:
         kept = [row.as_json() for row in rows if math.isfinite(row.us) and not row.error]
         arguments.out.write_text(json.dumps(kept, indent=1) + "\n")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
-import torch
+from fake_timing import fake_measure
 from mla_decode import cost
 
-from benchmarks.case import Case, make_case, relative_error
-from benchmarks.implementations import Prepared
-from benchmarks.measure import MAX_REL_ERR, Row
 from benchmarks.shapes import Shape, random_shapes
-from tools import compare_cost_models
-from tools.compare_cost_models import PRESENT, Gain, batches, compare, plans_of, variant
+from tools import compare_cost_models, side_by_side
+from tools.compare_cost_models import PRESENT, batches, compare, plans_of, variant
+from tools.side_by_side import Gain
 
 SHAPE = Shape("one", (8192,), 1, 16)
 
@@ -63,48 +60,27 @@ def models_of(shape: Shape) -> dict[str, cost.CostModel]:
     return {PRESENT: model, "dear": variant(model, DEAR), "same": model}
 
 
-def fake_measure(us: dict[str, float], error: str = "") -> Callable[..., list[Row]]:
-    """As `benchmarks.measure.measure`, on the CPU: checks what is prepared, and makes times up."""
-
-    def measure(
-        shape: Shape,
-        impls: list[str],
-        *,
-        replays: int,
-        prepare: Mapping[str, Callable[[Case], Prepared]],
-    ) -> list[Row]:
-        assert list(prepare) == impls == list(us)
-        case = make_case(shape, torch.device("cpu"), copies=2)
-        for make in prepare.values():
-            prepared = make(case)
-            for i in range(case.copies):
-                assert relative_error(prepared.call(i), case.reference[i]) < MAX_REL_ERR
-        return [Row(shape, name, error=error, replays_us=[us[name]] * replays) for name in impls]
-
-    return measure
-
-
 def test_only_plans_that_differ_are_timed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare_cost_models, "measure", fake_measure({PRESENT: 10.0, "dear": 11.0}))
+    monkeypatch.setattr(side_by_side, "measure", fake_measure({PRESENT: 10.0, "dear": 11.0}))
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     shapes = [replace(SHAPE, seq_lens=(length,)) for length in (64, 8192)]
     gains = compare(shapes, models_of(SHAPE), replays=3)
     assert gains["dear"].ratios == [10 / 11], "one tile is planned in one way only"
-    assert str(gains["same"]) == "no plan differs"
+    assert str(gains["same"]) == "nothing differs"
     assert capsys.readouterr().out == f"{SHAPE.name}: 10.0 us; dear 0.909\n"
 
 
 def test_a_wrong_output_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = fake_measure({PRESENT: 10.0, "dear": 11.0}, error="wrong output: relative error 1")
-    monkeypatch.setattr(compare_cost_models, "measure", wrong)
+    monkeypatch.setattr(side_by_side, "measure", wrong)
     with pytest.raises(RuntimeError, match="one, present: wrong output"):
         compare([SHAPE], models_of(SHAPE), replays=3)
 
 
 def test_a_gain_is_a_geometric_mean() -> None:
-    assert str(Gain([0.5, 2.0])) == "2 plans differ: 1.0000, worst 0.500, best 2.000"
+    assert str(Gain([0.5, 2.0])) == "1.0000 over 2 batches, worst 0.500, best 2.000"
 
 
 def test_without_a_gpu_it_says_so(

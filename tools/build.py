@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,15 +118,17 @@ def install_nvcc() -> Toolkit | None:
     return nvcc_from_wheels()
 
 
-def sources_of(patterns: list[str]) -> list[Path]:
-    return sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+def sources_of(root: Path, patterns: list[str]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in root.glob(pattern))
 
 
-def compile_edges(rule: str, sources: list[Path], folder: Path) -> tuple[str, list[str]]:
-    """Return one ninja edge per source, and the objects."""
+def compile_edges(
+    rule: str, root: Path, sources: list[Path], folder: Path
+) -> tuple[str, list[str]]:
+    """Return one ninja edge per source below ``root``, and the objects."""
     lines, objects = [], []
     for source in sources:
-        name = f"{folder}/{source.relative_to(ROOT)}.o"
+        name = f"{folder}/{source.relative_to(root)}.o"
         log = f" | {name}.log" if rule == "nvcc" else ""
         lines.append(f"build {name}{log}: {rule} {source}\n  includes = $includes_{rule}\n")
         objects.append(name)
@@ -133,14 +136,20 @@ def compile_edges(rule: str, sources: list[Path], folder: Path) -> tuple[str, li
 
 
 def ninja_text(
-    out: Path, folder: Path, toolkit: Toolkit | None, kittens: Path | None, allow_spills: bool
+    out: Path,
+    folder: Path,
+    toolkit: Toolkit | None,
+    kittens: Path | None,
+    allow_spills: bool,
+    root: Path = ROOT,
+    flags: str = "",
 ) -> str:
-    """Return build.ninja for the sources that are there now."""
+    """Return build.ninja for the sources that are below ``root`` now."""
     import pybind11
 
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     python_include = sysconfig.get_path("include")
-    includes = f"-I{ROOT} -isystem {pybind11.get_include()} -isystem {python_include}"
+    includes = f"{flags} -I{root} -isystem {pybind11.get_include()} -isystem {python_include}"
     text = RULES.format(
         build=folder,
         root=ROOT,
@@ -154,26 +163,56 @@ def ninja_text(
     )
     text += f"\nincludes_cxx = {includes}\nincludes_nvcc = {includes} -I{kittens}\n\n"
 
-    scheduler = sources_of(["scheduler/*.cpp", "python/bindings/*.cpp"])
+    scheduler = sources_of(root, ["scheduler/*.cpp", "python/bindings/*.cpp"])
     objects_folder = folder / f"objects{suffix.removesuffix('.so')}"
     if scheduler:
-        lines, objects = compile_edges("cxx", scheduler, objects_folder)
+        lines, objects = compile_edges("cxx", root, scheduler, objects_folder)
         text += f"{lines}build {out}/_scheduler{suffix}: link {' '.join(objects)}\n\n"
-    kernels = sources_of(["python/bindings/*.cu"])
+    kernels = sources_of(root, ["python/bindings/*.cu"])
     modules = {out / f"_kernels{suffix}": kernels}
     if out == PACKAGE:
         for module, sources in BESIDE_THE_PACKAGE.items():
-            modules[ROOT / f"{module}{suffix}"] = sources_of([sources])
+            modules[ROOT / f"{module}{suffix}"] = sources_of(root, [sources])
     if kernels and toolkit and kittens:
         report, logs = folder / "ptxas.txt", []
         for module, sources in modules.items():
-            lines, objects = compile_edges("nvcc", sources, objects_folder)
+            lines, objects = compile_edges("nvcc", root, sources, objects_folder)
             logs += [f"{name}.log" for name in objects]
             if sources is kernels:  # what the planner's checks are made of
                 objects.append(f"{objects_folder}/scheduler/batch.cpp.o")
             text += f"{lines}build {module}: nvcc_link {' '.join(objects)} || {report}\n"
         text += f"build {report}: ptxas {' '.join(logs)} | {ROOT}/tools/ptxas_report.py\n"
     return text
+
+
+def run_ninja(folder: Path, text: str, targets: Sequence[Path] = ()) -> None:
+    """Build what the text says, or those targets of it, with objects in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits
+        (folder / "build.ninja").write_text(text)
+        answer = subprocess.run(
+            [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja"), *map(str, targets)],
+            cwd=ROOT,
+            env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
+        )
+    if answer.returncode != 0:
+        raise BuildError("a step failed, see above")
+
+
+def build_kernels(root: Path, folder: Path, flags: str) -> Path:
+    """Build ``_kernels`` of the sources below ``root``, all in ``folder``; return the module.
+
+    Spills are reported, and do not fail it.
+    """
+    toolkit = find_nvcc() or install_nvcc()
+    if toolkit is None:
+        raise BuildError("no nvcc: set CUDA_HOME or put nvcc 13 on PATH")
+    kittens = fetch_thunderkittens.include_folder()
+    text = ninja_text(folder, folder, toolkit, kittens, True, root, flags)
+    module = folder / f"_kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    run_ninja(folder, text, [module, folder / "ptxas.txt"])
+    return module
 
 
 def build(
@@ -183,19 +222,8 @@ def build(
     started = time.monotonic()
     toolkit = (find_nvcc() or install_nvcc()) if kernels else None
     kittens = fetch_thunderkittens.include_folder() if toolkit else None
-    folder.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two makes at once: the second waits
-        text = ninja_text(out, folder, toolkit, kittens, allow_spills)
-        (folder / "build.ninja").write_text(text)
-        answer = subprocess.run(
-            [sys.executable, "-m", "ninja", "-f", str(folder / "build.ninja")],
-            cwd=ROOT,
-            env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
-        )
-    if answer.returncode != 0:
-        raise BuildError("a step failed, see above")
+    run_ninja(folder, ninja_text(out, folder, toolkit, kittens, allow_spills))
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     if kernels and toolkit is None:  # one of an earlier build would not fit these sources
         (out / f"_kernels{suffix}").unlink(missing_ok=True)

@@ -11,10 +11,7 @@ chosen by some seeds want to be confirmed by others.
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -28,25 +25,11 @@ from mla_decode import cost  # noqa: E402
 from mla_decode.words import KV_TILE  # noqa: E402
 
 from benchmarks.implementations import mla_decode_by  # noqa: E402
-from benchmarks.measure import measure  # noqa: E402
 from benchmarks.shapes import Shape, random_shapes  # noqa: E402
+from tools.side_by_side import Gain, note_gains, times_of  # noqa: E402
 
 PRESENT = "present"
 MIN_TILES, MAX_TILES = 4, 6000  # of a batch: below there is nothing to cut, above little to gain
-
-
-@dataclass
-class Gain:
-    """Of one variant: times under the present model over times under it, batch by batch."""
-
-    ratios: list[float] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        if not self.ratios:
-            return "no plan differs"
-        mean = math.exp(statistics.fmean(map(math.log, self.ratios)))
-        low, high = min(self.ratios), max(self.ratios)
-        return f"{len(self.ratios)} plans differ: {mean:.4f}, worst {low:.3f}, best {high:.3f}"
 
 
 def variant(model: cost.CostModel, changes: str) -> cost.CostModel:
@@ -82,45 +65,27 @@ def plans_of(shape: Shape, models: dict[str, cost.CostModel]) -> dict[str, mla_d
     return plans
 
 
-def times_of(
-    shape: Shape, plans: dict[str, mla_decode.Plan], replays: int
-) -> dict[str, list[float]]:
-    """Return microseconds of each replay, by the name of the model; RuntimeError if one is wrong.
-
-    As the benchmark measures implementations: keys read from memory, replays that alternate,
-    outputs checked. Plans that are the same are timed once.
-    """
-    names = {id(plan): name for name, plan in reversed(plans.items())}
-    distinct = {names[id(plan)]: plan for plan in plans.values()}
-    prepare = {name: partial(mla_decode_by, plan) for name, plan in distinct.items()}
-    rows = measure(shape, list(distinct), replays=replays, prepare=prepare)
-    for row in rows:
-        if row.error:
-            raise RuntimeError(f"{shape.name}, {row.impl}: {row.error}")
-    torch.cuda.empty_cache()  # each graph keeps memory of its own
-    us = {row.impl: row.replays_us for row in rows}
-    return {name: us[names[id(plan)]] for name, plan in plans.items()}
-
-
 def compare(
     shapes: list[Shape], models: dict[str, cost.CostModel], replays: int
 ) -> dict[str, Gain]:
-    """Time the plans of each batch that differ; print a line for each and return the gains."""
+    """Time the plans of each batch that differ; print a line for each and return the gains.
+
+    Plans that are the same are timed once.
+    """
     gains = {name: Gain() for name in models if name != PRESENT}
     for shape in shapes:
         plans = plans_of(shape, models)
-        if len({id(plan) for plan in plans.values()}) == 1:
+        names = {id(plan): name for name, plan in reversed(plans.items())}
+        if len(names) == 1:
             continue
-        times = times_of(shape, plans, replays)
-        line: dict[str, float] = {}
-        for name, gain in gains.items():
-            if plans[name] is plans[PRESENT]:
-                continue
-            pairs = zip(times[PRESENT], times[name], strict=True)
-            line[name] = statistics.median(before / after for before, after in pairs)
-            gain.ratios.append(line[name])
-        shown = "; ".join(f"{name} {ratio:.3f}" for name, ratio in line.items())
-        print(f"{shape.name}: {statistics.median(times[PRESENT]):.1f} us; {shown}", flush=True)
+        prepare = {names[id(plan)]: partial(mla_decode_by, plan) for plan in plans.values()}
+        times = times_of(shape, prepare, replays)
+        by_model = {
+            name: times[names[id(plan)]]
+            for name, plan in plans.items()
+            if name == PRESENT or plan is not plans[PRESENT]
+        }
+        note_gains(shape, by_model, PRESENT, gains)
     return gains
 
 
