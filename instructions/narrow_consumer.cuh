@@ -112,11 +112,13 @@ class NarrowConsumer {
             Pages::wait_half(g, state, own);
             multiply_scores<Element, true>(s, q_own, k_own);
             kittens::warpgroup::mma_commit_group();
+            // P of the first tile comes late. Of later ones it is there before the other half is.
+            if (tile >= kGroups) add_others(tile - 1);
             Pages::wait_half(g, state, other);
             multiply_scores<Element, false>(s, q_other, k_other);
             kittens::warpgroup::mma_commit_group();
-            if (tile > 0) {
-                add_others(tile - 1);
+            if (tile == 1) {
+                add_others(0);
                 kittens::warpgroup::mma_async_wait<1>();
             } else {
                 kittens::warpgroup::mma_async_wait();
