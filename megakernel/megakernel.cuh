@@ -49,12 +49,16 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
     if (role == Role::kController) init_control_block<Config>();
-    __syncwarp();
-    ptx::cluster_arrive();
+    const auto arrive = [] {
+        __syncwarp();
+        ptx::cluster_arrive();
+    };
+    if (!Config::kReadsNeighbour) arrive();
     // Earlier kernels may still run. What they may have written each role waits for when it has its
     // first instruction.
     if (role == Role::kController) Controller<Config, Ops>::begin(globals);
-    ptx::cluster_wait();  // for mbarriers of the other CTAs
+    if (Config::kReadsNeighbour) arrive();
+    ptx::cluster_wait();  // for mbarriers of the other CTAs, those of their first instruction too
     __syncthreads();
 
     if (role == Role::kConsumer) {
