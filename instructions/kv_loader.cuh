@@ -45,62 +45,43 @@ class BoxLoader {
         }
     }
 
-    // One lane waits and asks; of twins one of them, for both.
+    // One lane waits and asks.
     template <class WaitPlace>
-    __device__ void load_half(int tile,
-                              int half,
-                              uint32_t page,
-                              uint32_t full,
-                              bool has_twin,
-                              bool asks,
-                              WaitPlace wait_place) const {
+    __device__ void load_half(
+        int tile, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {
         if (!mk::ptx::elect_lane()) return;
         // A box that begins past the end is left out, and what it would hold never used.
         const int positions = end_ - start_ - tile * kKvTile;
         const int num_boxes = kBoxes == 1 ? 1 : min(kBoxes, (positions + kRows - 1) / kRows);
         if (!wait_place()) return;
         mk::ptx::mbar_arrive_expect_tx(full, num_boxes * kRows * kHalfRowBytes);
-        if (!asks) return;
 #pragma unroll
         for (int box = 0; box < kBoxes; ++box) {
-            if (box < num_boxes) load_box(half, page, full, box, has_twin);
+            if (box < num_boxes) load_box(half, page, full, box);
         }
     }
 
   private:
     static constexpr int kRows = kKvTile / kBoxes;
 
-    __device__ void load_box(int half, uint32_t page, uint32_t full, int box, bool has_twin) const {
-        const uint32_t latent = latent_address(page) + box * (kRows / kGroupRows) * kKvGroupBytes;
-        const uint32_t rope = rope_address(page) + box * kRows * kRopeRowBytes;
-        const int first_block = kv_head_ * g_.kv_head_step + half * kHalfBlocks;
-        const int group = row_[box] / kGroupRows, first_rope = half * kHalfRope;
-        const auto ask = [&](auto... ctas) {
-            mk::ptx::tensor_load_5d(latent,
-                                    g_.kv_latent,
-                                    full,
-                                    0,
-                                    0,
-                                    first_block,
-                                    group,
-                                    block_[box],
-                                    g_.kv_policy,
-                                    ctas...);
-            mk::ptx::tensor_load_4d(rope,
-                                    g_.kv_rope,
-                                    full,
-                                    first_rope,
-                                    row_[box],
-                                    kv_head_,
-                                    block_[box],
-                                    g_.kv_policy,
-                                    ctas...);
-        };
-        if (kBoxes == 1 && has_twin) {
-            ask(mk::ptx::pair_of_ctas());
-        } else {
-            ask();
-        }
+    __device__ void load_box(int half, uint32_t page, uint32_t full, int box) const {
+        mk::ptx::tensor_load_5d(latent_address(page) + box * (kRows / kGroupRows) * kKvGroupBytes,
+                                g_.kv_latent,
+                                full,
+                                0,
+                                0,
+                                kv_head_ * g_.kv_head_step + half * kHalfBlocks,
+                                row_[box] / kGroupRows,
+                                block_[box],
+                                g_.kv_policy);
+        mk::ptx::tensor_load_4d(rope_address(page) + box * kRows * kRopeRowBytes,
+                                g_.kv_rope,
+                                full,
+                                half * kHalfRope,
+                                row_[box],
+                                kv_head_,
+                                block_[box],
+                                g_.kv_policy);
     }
 
     // Of the lane's box in the window of 32 that begins with box `first`.
@@ -169,7 +150,7 @@ class RowLoader {
     // lanes of each row its rope.
     template <class WaitPlace>
     __device__ void load_half(
-        int, int half, uint32_t page, uint32_t full, bool, bool, WaitPlace wait_place) const {
+        int, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {
         const bool is_free = wait_place();
         if (!__all_sync(~0u, is_free)) return;
         const char* latent = latent_ + half * kHalfLatent * kElementBytes;

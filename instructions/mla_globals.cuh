@@ -24,8 +24,6 @@ struct MlaConfig : mk::DefaultConfig {
     static constexpr bool kWholeTileBoxes = kWholeTileBoxes_;
     static constexpr int kRows = kRows_;  // of a row group, at most
     static constexpr bool kNarrow = kRows <= kNarrowRows;
-    static constexpr bool kReadsNeighbour =
-        kNarrow && kWholeTileBoxes;                                  // see PartialWork::has_twin
     static constexpr bool kStampsResults = kRows <= kNarrowestRows;  // see stamp.cuh
     static constexpr int kConsumerRegisters = kWholeTileBoxes ? 224 : 216;
     static constexpr int kControlRegisters = kWholeTileBoxes ? 56 : 72;

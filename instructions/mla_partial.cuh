@@ -28,7 +28,7 @@ struct MlaPartial {
         __device__ static int arrival_count(const MlaGlobals& g, int semaphore) {
             if (semaphore == Pages::kOutputStored) return Config::kNumConsumerWarps;
             if (semaphore == Pages::kAdoptedHere) return 1;
-            if (semaphore >= Pages::kKvEmpty) return Pages::kEmptyArrivals;
+            if (semaphore >= Pages::kKvEmpty) return kWarpgroupThreads / mk::kWarpThreads;
             if (semaphore >= Pages::kKvFull && copied_by_lanes(g)) return mk::kWarpThreads;
             return 1;
         }
@@ -163,7 +163,6 @@ struct MlaPartial {
                                       const PartialWork& work,
                                       KvLoader& kv,
                                       mk::Role role) {
-        const bool has_twin = PartialWork::has_twin(state);
         for (int tile = 0; tile < work.num_tiles; ++tile) {
             kv.begin_tile(tile);
             uint32_t full[2], page[2];
@@ -176,8 +175,7 @@ struct MlaPartial {
             for (int i = 0; i < 2; ++i) {
                 const int half_tile = 2 * tile + i;
                 if (is_launchers(g, half_tile) != (role == mk::Role::kLauncher)) continue;
-                const bool asks = !has_twin || Pages::is_own(half_tile);
-                kv.load_half(tile, Pages::half(half_tile), page[i], full[i], has_twin, asks, [&] {
+                kv.load_half(tile, Pages::half(half_tile), page[i], full[i], [&] {
                     return Pages::wait_place(state, half_tile);
                 });
             }

@@ -33,19 +33,6 @@ struct PartialWork {
     }
     __device__ bool adopts() const { return adopted >= 0; }
     __device__ bool is_shared() const { return num_mates > 1; }
-    // Whether the CTA beside works on the same keys, at the same time: twins.
-    template <class State>
-    __device__ static bool has_twin(const State& state) {
-        using Config = typename State::Config;
-        if (!Config::kReadsNeighbour || state.index() > 0) return false;
-        const int32_t *own = state.words(), *other = state.neighbour_words();
-        bool same = own[Words::kNumMates] == 0;
-        for (const int word :
-             {mk::kWordOpcode, Words::kQBatch, Words::kStart, Words::kEnd, Words::kNumMates}) {
-            same &= own[word] == other[word];
-        }
-        return same;
-    }
     // Beyond these a partial needs no page; one that is shared keeps them all to its end.
     __device__ static int num_tiles_kept(const int32_t* words) {
         return words[Words::kNumMates] > 1 ? 1 << 24 : num_tiles_of(words);
@@ -170,30 +157,13 @@ struct PartialPages {
         if (!Config::kWholeTileBoxes && g.kv_box_rows == 0) mk::ptx::fence_proxy_async_smem();
     }
 
-    // Twins: of each half tile one of them asks for both, when both have room for it. So in a
-    // narrow kernel a place is empty when the warps have said so that have read it here and those
-    // that have read it there; a partial without a twin says so twice.
-    static constexpr int kEmptyArrivals =
-        (Config::kNarrow ? 2 : 1) * kWarpgroupThreads / mk::kWarpThreads;
+    // The mbarrier on which the warps of one warpgroup arrive, a lane of each, when they have read
+    // a half tile: its page goes to a later one or to the next instruction.
     template <class State>
-    __device__ static void let_go(const State& state,
-                                  int half_tile,
-                                  int num_tiles_kept,
-                                  bool has_twin) {
-        static_assert(Config::kNarrow);
-        const bool is_last = half_tile + kRing >= 2 * num_tiles_kept;
-        const uint32_t emptied = is_last ? free(state, half_tile) : empty(state, half_tile);
-        if (mk::ptx::thread_in_cta() % mk::kWarpThreads != 0) return;
-        mk::ptx::mbar_arrive(emptied, is_last || has_twin ? 1 : 2);
-        if (has_twin && !is_last) {
-            mk::ptx::mbar_arrive_at(mk::ptx::address_at(emptied, mk::ptx::cluster_rank() ^ 1));
-        }
+    __device__ static uint32_t emptied(const State& state, int half_tile, int num_tiles_kept) {
+        return half_tile + kRing < 2 * num_tiles_kept ? empty(state, half_tile)
+                                                      : free(state, half_tile);
     }
-    // Whether this CTA asks for a half tile, for both.
-    __device__ static bool is_own(int half_tile) {
-        return (half_tile ^ mk::ptx::cluster_rank()) % 2 == 0;
-    }
-
     template <class State>
     __device__ static uint32_t empty(const State& state, int half_tile) {
         return state.semaphore(kKvEmpty + place(half_tile));

@@ -68,9 +68,9 @@ class WideConsumer {
 
     const MlaGlobals& g;
     const State& state;
-    const PartialWork work;
     const int group = __shfl_sync(~0u, mk::ptx::thread_in_cta() / kWarpgroupThreads, 0);
     const int row = fragment_row();  // of this thread, and the one eight below
+    const int num_tiles;
     const int num_tiles_kept;
     const int plain_tiles;       // leading tiles that every row sees in full
     const Half own, other_half;  // of its own tiles
@@ -81,9 +81,9 @@ class WideConsumer {
     __device__ WideConsumer(const MlaGlobals& g, State& state)
         : g(g),
           state(state),
-          work(g, state.words()),
+          num_tiles(PartialWork::num_tiles_of(state.words())),
           num_tiles_kept(PartialWork::num_tiles_kept(state.words())),
-          plain_tiles(work.num_plain_tiles(g)),
+          plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
           own(state, Pages::half_tile(group, group)),
           other_half(state, Pages::half_tile(group, 1 - group)),
           others(state, Pages::half_tile(1 - group, group)) {
@@ -100,6 +100,7 @@ class WideConsumer {
 
     // Each warp for its own rows.
     __device__ void note_visible() {
+        const PartialWork work(g, state.words());
         const int own = row / 16 * 16 + mk::ptx::thread_in_cta() % 16;
         scratch().visible[group][own] = work.visible(g, own) - work.start;
         __syncwarp();
@@ -110,7 +111,7 @@ class WideConsumer {
     __device__ void attend() {
         const HalfQ<Rope> q_own(page(group)), q_other(page(1 - group));
         int tile = group;
-        for (; tile < work.num_tiles; tile += kGroups) {
+        for (; tile < num_tiles; tile += kGroups) {
             Scores s;
             const uint32_t phase = Pages::full_phase(2 * tile);
             state.wait(own.full, phase);
@@ -138,12 +139,12 @@ class WideConsumer {
             kittens::warpgroup::mma_async_wait();
             add_own(s, tile);
         }
-        if (tile > work.num_tiles) return;
+        if (tile > num_tiles) return;
         add_others<true>();
         open_inbox();
         publish_sums();
         kittens::warpgroup::mma_async_wait();
-        let_go(others, work.num_tiles - 1);
+        let_go(others, num_tiles - 1);
     }
 
     // For mates' results, where Q is: nobody reads it any more when there is P of all tiles.
@@ -172,7 +173,7 @@ class WideConsumer {
     __device__ void add_own(Scores& s, int tile) {
         if (tile >= plain_tiles) {
             const typename Pages::Tail tail(PartialWork::num_positions(state.words()));
-            const bool is_last = work.is_last(tile);
+            const bool is_last = tile + 1 == num_tiles;
             const int first = is_last ? tail.first : 0, begin = tile * kKvTile - first;
             const auto& visible = scratch().visible[group];
             hide_outside(s, first, {visible[row] - begin, visible[row + 8] - begin});
@@ -185,7 +186,7 @@ class WideConsumer {
         accumulate<Element>(o, p, VOperand(own.page));
         mk::ptx::fence_proxy_async_smem();
         barrier_arrive(p_ready(group), kConsumerThreads);
-        if (work.is_last(tile)) publish_sums();
+        if (tile + 1 == num_tiles) publish_sums();
         kittens::warpgroup::mma_async_wait();
         let_go(own, tile);
     }
@@ -238,17 +239,18 @@ class WideConsumer {
     // ---- the end --------------------------------------------------------------------
 
     __device__ void finish() {
+        const PartialWork work(g, state.words());
         const Scratch& shared = scratch();
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         for (int i = 0; i < 2; ++i) rows.sum[i] += shared.sum[1 - group][row + 8 * i];
-        if (work.adopts()) adopt();
-        const RowScale inverse = inverse_sum();
+        if (work.adopts()) adopt(work);
+        const RowScale inverse = inverse_sum(work);
         if (mk::ptx::as_written(!work.is_shared())) {
-            store_output(inverse);
+            store_output(work, inverse);
             const bool stores = mk::ptx::thread_in_cta() % 4 == 0 && lse_row() < work.num_rows;
             if (stores) work.store_lse(g, lse_row(), lse_log2());
         } else {
-            merge_with_mates(inverse);
+            merge_with_mates(work, inverse);
         }
         __syncwarp();
         const bool first_lane = is_first_lane();
@@ -264,7 +266,7 @@ class WideConsumer {
     }
 
     // Another partial's result counts as one more tile, with sums of 1.
-    __device__ void adopt() {
+    __device__ void adopt(const PartialWork& work) {
         state.wait(Pages::kAdoptedHere, 0);
         const int64_t first_row = g.scratch_row(work.adopted, 0);
         const float* from = g.o_scratch + first_row * kLatentDim + group * kHalfLatent;
@@ -295,7 +297,7 @@ class WideConsumer {
     }
 
     // The threads of a quad hold the same rows. Each sends to other mates what they have in common.
-    __device__ void merge_with_mates(RowScale scale) const {
+    __device__ void merge_with_mates(const PartialWork& work, RowScale scale) const {
         const Mates mates(g, state, work);
         const HalfRange range[2] = {HalfRange(scale.factor[0] * sum_of_magnitudes(0)),
                                     HalfRange(scale.factor[1] * sum_of_magnitudes(1))};
@@ -336,18 +338,19 @@ class WideConsumer {
     }
 
     // Nobody reads Q any more: its pages are for the output now.
-    __device__ void store_output(const RowScale& scale) const {
+    __device__ void store_output(const PartialWork& work, const RowScale& scale) const {
         if (writes_scratch(work.dst_batch)) {
             const int slot = scratch_slot(work.dst_batch);
-            store_rows(scale, g.o_scratch + g.scratch_row(slot, 0) * kLatentDim);
+            store_rows(work, scale, g.o_scratch + g.scratch_row(slot, 0) * kLatentDim);
         } else {
-            store_rows(scale,
+            store_rows(work,
+                       scale,
                        reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim);
         }
     }
     template <class T>
-    __device__ void store_rows(const RowScale& scale, T* to) const {
+    __device__ void store_rows(const PartialWork& work, const RowScale& scale, T* to) const {
         // Warps without a row of the group have nothing to store.
         if (row / 16 * 16 >= work.num_rows) return;
         const Staging<T> columns(page(group));
@@ -359,7 +362,7 @@ class WideConsumer {
         }
     }
 
-    __device__ RowScale inverse_sum() const {
+    __device__ RowScale inverse_sum(const PartialWork& work) const {
         float sink_log2[2] = {-INFINITY, -INFINITY};
         if (g.attn_sink != nullptr && !work.is_shared()) {
             for (int i = 0; i < 2; ++i) {

@@ -44,9 +44,6 @@ struct DefaultConfig {
     // it last, or all of them from a single warp.
     static constexpr int kPageReleaseArrivals = 4;
 
-    // Whether opcodes look at the first instruction of the CTA beside, see State::neighbour_words.
-    static constexpr bool kReadsNeighbour = false;
-
     static constexpr bool kTimings = false;
 };
 

@@ -39,7 +39,6 @@ struct ControlBlock {
     int32_t epoch;                    // see launch_epoch
     int32_t wait_of_role[kNumRoles];  // what it waits for, see Watchdog::note; 0: nothing
     CtaFailure failure;
-    int32_t neighbour_words[kInstructionWords];  // see State::neighbour_words
 
     static_assert(Config::kNumSmemPages <= 8, "physical_page holds eight entries");
 };

@@ -39,12 +39,6 @@ class Controller {
         if (!globals.megakernel.instructions_are_constant) ptx::wait_for_earlier_kernels();
         State<Config> state(globals.megakernel, Role::kController);
         const int ticket = static_cast<int>(blockIdx.x);
-        if constexpr (Config::kReadsNeighbour) {
-            const int beside =
-                ptx::cluster_size() > 1 ? ticket ^ 1 : globals.megakernel.num_instructions;
-            state.control().neighbour_words[threadIdx.x % kWarpThreads] =
-                fetch_word(globals.megakernel, beside);
-        }
         decode(globals, state, ticket, fetch_word(globals.megakernel, ticket));
     }
 

@@ -49,16 +49,12 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
     if (role == Role::kController) init_control_block<Config>();
-    const auto arrive = [] {
-        __syncwarp();
-        ptx::cluster_arrive();
-    };
-    if (!Config::kReadsNeighbour) arrive();
+    __syncwarp();
+    ptx::cluster_arrive();
     // Earlier kernels may still run. What they may have written each role waits for when it has its
     // first instruction.
     if (role == Role::kController) Controller<Config, Ops>::begin(globals);
-    if (Config::kReadsNeighbour) arrive();
-    ptx::cluster_wait();  // for mbarriers of the other CTAs, those of their first instruction too
+    ptx::cluster_wait();  // for mbarriers of the other CTAs
     __syncthreads();
 
     if (role == Role::kConsumer) {

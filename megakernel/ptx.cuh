@@ -170,57 +170,6 @@ __device__ __forceinline__ void tensor_load_5d(uint32_t dst,
         : "memory");
 }
 
-// The same for several CTAs of the cluster, each bit of `ctas` one: to the same place in each, and
-// the mbarrier there counts the bytes.
-__device__ __forceinline__ void tensor_load_4d(uint32_t dst,
-                                               const CUtensorMap& map,
-                                               uint32_t mbar,
-                                               int c0,
-                                               int c1,
-                                               int c2,
-                                               int c3,
-                                               uint64_t policy,
-                                               uint16_t ctas) {
-    asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7, %8;" ::"r"(dst),
-        "l"(&map),
-        "r"(mbar),
-        "r"(c0),
-        "r"(c1),
-        "r"(c2),
-        "r"(c3),
-        "h"(ctas),
-        "l"(policy)
-        : "memory");
-}
-
-__device__ __forceinline__ void tensor_load_5d(uint32_t dst,
-                                               const CUtensorMap& map,
-                                               uint32_t mbar,
-                                               int c0,
-                                               int c1,
-                                               int c2,
-                                               int c3,
-                                               int c4,
-                                               uint64_t policy,
-                                               uint16_t ctas) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-        ".multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8, %9;" ::"r"(
-            dst),
-        "l"(&map),
-        "r"(mbar),
-        "r"(c0),
-        "r"(c1),
-        "r"(c2),
-        "r"(c3),
-        "r"(c4),
-        "h"(ctas),
-        "l"(policy)
-        : "memory");
-}
-
 __device__ __forceinline__ void bulk_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -399,17 +348,6 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
-}
-
-__device__ __forceinline__ uint32_t cluster_size() {
-    uint32_t size;
-    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
-// This CTA and the one beside it, ranks 2 i and 2 i + 1, as a mask.
-__device__ __forceinline__ uint16_t pair_of_ctas() {
-    return static_cast<uint16_t>(3 << (cluster_rank() & ~1u));
 }
 
 // The address of the same place in the shared memory of another CTA of the cluster.

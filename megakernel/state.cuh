@@ -22,10 +22,6 @@ class State {
     __device__ int32_t opcode() const { return word(kWordOpcode); }
     __device__ int32_t uid() const { return word(kWordUid); }
 
-    // Of the first instruction of the CTA beside this one in its cluster, ranks 2 i and 2 i + 1:
-    // for those that do something together. Where there is none, the end of the queue.
-    __device__ const int32_t* neighbour_words() const { return control().neighbour_words; }
-
     // ---- pages ------------------------------------------------------------------
 
     // Pages are numbered in the order in which the instruction asks for them.

@@ -1,5 +1,4 @@
-// The order of the queue: where no-ops go, and where the reductions go among the tasks that wait
-// for nothing.
+// Where the reductions go among the tasks that wait for nothing.
 #pragma once
 
 #include <cstdint>
