@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from mla_decode import distributed, reference
-from mla_decode.errors import MlaDecodeError, RangeError, ShapeError, UnsupportedError
+from mla_decode.errors import (
+    DtypeError,
+    MlaDecodeError,
+    RangeError,
+    ShapeError,
+    UnsupportedError,
+)
 
 from tests.several_ranks import SCALE, Batch, make_batch, paged, run_ranks
 from tests.support import same_bits
@@ -275,6 +282,57 @@ def test_a_process_outside_the_group_is_told(results: Callable[[str], list[Any]]
 def test_without_a_process_group_it_says_so() -> None:
     with pytest.raises(UnsupportedError, match=r"group: expected torch\.distributed to be init"):
         call(SPLITS["chunks_q1"], 0)
+
+
+def offsets(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"cu_seqlens_q": offsets(1, 2, 4)}, RangeError, "cu_seqlens_q: expected to start at 0"),
+        ({"cu_seqlens_q": offsets(0, 3, 2)}, RangeError, "cu_seqlens_q: request 1: expected off"),
+        (
+            {"cu_seqlens_q": offsets(0, 2, 5), "visible": [99, 100, 200, 200, 200]},
+            RangeError,
+            "cu_seqlens_q: expected to end at 4, the tokens of q, or before, got 5",
+        ),
+        ({"cu_seqlens_q": offsets(0)}, ShapeError, r"cu_seqlens_q: expected shape \[B \+ 1\]"),
+        ({"block_table": [[0]]}, DtypeError, "block_table: expected a torch.Tensor, got list"),
+        (
+            {"block_table": torch.zeros(1, 4, dtype=torch.int32)},
+            ShapeError,
+            r"block_table: expected shape \[2, max_blocks\]",
+        ),
+        ({"kv_cache": None}, DtypeError, "kv_cache: expected a torch.Tensor, got NoneType"),
+        ({"visible": [[99, 100], [200]]}, ShapeError, "visible: expected rows of the same length"),
+        ({"visible": None, "causal": "no"}, DtypeError, "causal: expected a bool or None, got str"),
+    ],
+)
+def test_what_masks_of_several_parts_are_made_of_is_checked(
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    error: type[MlaDecodeError],
+    message: str,
+) -> None:
+    monkeypatch.setattr(distributed, "_world_size", lambda group: 1)
+    arguments: dict[str, Any] = {
+        "q": torch.zeros(4, HEADS, 576, dtype=torch.bfloat16),
+        "kv_cache": torch.zeros(8, 64, 576, dtype=torch.bfloat16),
+        "block_table": torch.arange(8, dtype=torch.int32).view(2, 4),
+        "seq_lens": [100, 200],
+        "cu_seqlens_q": offsets(0, 2, 4),
+        "visible": [99, 100, 200, 200],  # of one request a causal mask, of the other none
+    }
+    distributed.context_parallel_decode(**arguments)
+    with pytest.raises(error, match=message):
+        distributed.context_parallel_decode(**{**arguments, **changes})
+
+
+def test_new_tokens_of_all_requests_may_be_any_integer() -> None:
+    seen = distributed.visible_interleaved([100, 200], np.int64(2), 0, 2)
+    assert seen.tolist() == distributed.visible_interleaved([100, 200], 2, 0, 2).tolist()
 
 
 def test_a_wrong_mask_is_caught_by_these_tests() -> None:

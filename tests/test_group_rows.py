@@ -284,3 +284,37 @@ def test_gpu_pairs_give_the_same_bits(heads: int, group_rows: int) -> None:
     assert alone.errors().passed
     assert same_bits(out, alone.o)
     assert same_bits(lse, alone.lse)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 16])
+def test_no_neighbour_chooses_the_kernel_of_a_batch_invariant_plan(heads: int) -> None:
+    """Kernels differ in their bits, and slots tell which one runs."""
+    plans = [
+        mla_decode.plan([20000, *lengths], heads, [1, *tokens], batch_invariant=True)
+        for lengths, tokens in (([], []), ([100], [2]), ([0], [16]))
+    ]
+    assert len({plan.slot_rows for plan in plans}) == 1
+    own = plans[0].instructions
+    assert all((plan.instructions[0, 5:11] == own[0, 5:11]).all() for plan in plans)
+    uniform = mla_decode.plan([20000], heads, 1, batch_invariant=True)
+    assert uniform.slot_rows == heads, "all requests of a uniform batch have as many"
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ragged_batch_invariant_bits_do_not_depend_on_neighbours(device: str) -> None:
+    case = make_case([5000, 90, 300], 16, [1, 3, 2], device=device)
+    assert decode_errors(case, batch_invariant=True).passed
+
+    def decode_first(requests: int) -> torch.Tensor:
+        tokens = case.cu_seqlens_q[: requests + 1]
+        out, _ = mla_decode.decode(
+            case.q[: int(tokens[-1])],
+            case.kv_cache,
+            case.block_table[:requests],
+            case.seq_lens[:requests],
+            cu_seqlens_q=tokens,
+            batch_invariant=True,
+        )
+        return out[:1]
+
+    assert same_bits(decode_first(1), decode_first(3))

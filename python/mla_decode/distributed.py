@@ -23,8 +23,8 @@ import torch.distributed as dist
 from . import calls, checks, decoding, planning, visible_keys
 from .calls import TensorOrPair
 from .device_plan import DevicePlan
-from .errors import RangeError, ShapeError, UnsupportedError
-from .lengths import SeqLens
+from .errors import DtypeError, RangeError, ShapeError, UnsupportedError
+from .lengths import SeqLens, tokens_from_offsets
 from .merge_states import copied_into, merge_states
 from .planning import Plan
 from .visible_keys import Array, Ints, visible_in_chunk, visible_interleaved
@@ -131,6 +131,8 @@ def context_parallel_decode(
     for name in _REFUSED:
         if name in options:
             raise UnsupportedError(f"{name}: expected none with several ranks, got {name}=")
+    if causal is not None and not isinstance(causal, bool):
+        raise DtypeError(f"causal: expected a bool or None, got {type(causal).__name__}")
     ranks = _world_size(group)
     call = _Call.of(q, cu_seqlens_q, lse_layout)
     call.require_outputs(out, lse, attn_sink)
@@ -252,7 +254,7 @@ def _work(
                 "causal: with several new tokens and ranks, expected causal= or visible=, which "
                 "say what they see of this rank's keys; got neither"
             )
-        mask = True if causal is None else bool(causal)
+        mask = True if causal is None else causal
         if mask and ranks > 1 and call.new_tokens not in (None, 1):
             _require_end(seq_lens, call.new_tokens)
         return mask
@@ -320,6 +322,7 @@ def _decode_parts(
         raise UnsupportedError(
             "visible: without block_table, expected the same mask for all requests of a rank"
         )
+    _require_paged(kv_cache, block_table, work[1].size)
     out, lse = own.outs[0], own.lses[0]
     out.zero_()
     lse.fill_(-math.inf)
@@ -345,6 +348,14 @@ def _decode_parts(
         lse.index_copy_(0, part.rows, part_lse)
 
 
+def _require_paged(kv_cache: TensorOrPair, block_table: torch.Tensor, batch: int) -> None:
+    """Check what is looked at before the first part's decode."""
+    first = kv_cache[0] if isinstance(kv_cache, tuple) and kv_cache else kv_cache
+    checks.require_tensor("kv_cache", first)
+    table = checks.require_tensor("block_table", block_table)
+    checks.require_shape("block_table", table, [batch, "max_blocks"])
+
+
 def _rows(q: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """Tokens ``rows`` of ``[B, s_q, H, D]`` or ``[T, H, D]``."""
     return (q.flatten(0, 1) if q.dim() == 4 else q).index_select(0, rows)
@@ -359,7 +370,16 @@ def _tokens_per_request(call: _Call, cu_seqlens_q: torch.Tensor | None) -> Array
         raise UnsupportedError(
             "visible: with cu_seqlens_q on the GPU it cannot be used while a CUDA graph is captured"
         )
-    tokens: Array = np.diff(visible_keys.host_ints("cu_seqlens_q", offsets.cpu()))
+    on_host = offsets.cpu()
+    ends = visible_keys.host_ints("cu_seqlens_q", on_host)
+    if ends.size < 2:
+        raise ShapeError(f"cu_seqlens_q: expected shape [B + 1], got [{ends.size}]")
+    tokens = np.array(tokens_from_offsets(on_host, ends.size - 1), dtype=np.int64)
+    if ends[-1] > call.tokens:
+        raise RangeError(
+            f"cu_seqlens_q: expected to end at {call.tokens}, the tokens of q, or before, got "
+            f"{ends[-1]}"
+        )
     return tokens
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from .errors import QueueError, QueueVersionError
 from .words import INSTRUCTION_WORDS, QUEUE_VERSION, Words
 
 FORMAT = "mla_decode.plan"
+_MOST_WORKERS = 1 << 14  # kMaxWorkers of scheduler/batch.h
 
 _ARRAYS = {
     "seq_lens": np.int32,
@@ -129,7 +129,7 @@ def _document(path: Path, header: dict[str, Any], arrays: dict[str, Any]) -> Pla
     fields: dict[str, Any] = {}
     try:
         for name in _INTEGERS:
-            fields[name] = int(header[name])
+            fields[name] = _integer(name, header[name])
         fields["new_tokens"] = _new_tokens(header["new_tokens"])
         fields["policy"] = str(header["policy"])
         fields["predicted_us"] = float(header["predicted_us"])
@@ -145,6 +145,7 @@ def _document(path: Path, header: dict[str, Any], arrays: dict[str, Any]) -> Pla
             f"{path}: instructions: expected shape [n, {INSTRUCTION_WORDS}], got "
             f"{list(words.shape)}"
         )
+    _require_sane(path, fields)
     tokens, batch = fields["new_tokens"], fields["seq_lens"].size
     if isinstance(tokens, tuple) and len(tokens) != batch:
         raise QueueError(f"{path}: new_tokens: expected {batch} entries, got {len(tokens)}")
@@ -156,15 +157,39 @@ def _document(path: Path, header: dict[str, Any], arrays: dict[str, Any]) -> Pla
     return PlanDocument(**fields)
 
 
+def _require_sane(path: Path, fields: dict[str, Any]) -> None:
+    """Check what the digest does not cover, because the queue computes the same without it."""
+    workers, worker = fields["num_workers"], fields["worker"]
+    if not 1 <= workers <= _MOST_WORKERS:
+        raise QueueError(f"{path}: num_workers: expected 1 to {_MOST_WORKERS}, got {workers}")
+    if worker.size and not (worker.min() >= 0 and worker.max() < workers):
+        raise QueueError(
+            f"{path}: worker: expected 0 to {workers - 1}, got {worker.min()} to {worker.max()}"
+        )
+    if fields["split_tiles"] < 0:
+        raise QueueError(f"{path}: split_tiles: expected 0 or more, got {fields['split_tiles']}")
+    for name in ("predicted_us", "start_us", "end_us"):
+        if not np.isfinite(fields[name]).all():
+            raise QueueError(f"{path}: {name}: expected finite times")
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    return value
+
+
 def _new_tokens(value: Any) -> int | tuple[int, ...]:
     """A number for all requests, or one for each."""
-    return tuple(int(tokens) for tokens in value) if isinstance(value, list) else int(value)
+    if isinstance(value, list):
+        return tuple(_integer("new_tokens", tokens) for tokens in value)
+    return _integer("new_tokens", value)
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise QueueError(f"{path}: truncated or no JSON: {error}") from None
     if not isinstance(document, dict):
         raise QueueError(f"{path}: expected a JSON object, got {type(document).__name__}")
@@ -176,12 +201,12 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         header = json.loads(bytes(arrays.pop("header")).decode())
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise QueueError(f"{path}: truncated or no npz: {error}") from None
+    except FileNotFoundError:
+        raise
     except KeyError as error:
         raise QueueError(f"{path}: truncated: expected the entry {error}") from None
+    except Exception as error:  # zip, zlib, numpy and its tokenizer have a dozen of their own
+        raise QueueError(f"{path}: truncated or no npz: {error}") from None
     if not isinstance(header, dict):
         raise QueueError(f"{path}: expected a header object, got {type(header).__name__}")
     return header, arrays

@@ -21,6 +21,7 @@ from .row_groups import sizes_to_plan
 from .words import (
     GROUP_ROWS,
     MAX_HEADS,
+    MAX_NEW_TOKENS,
     MAX_ROWS,
     Fill,
     Instruction,
@@ -112,8 +113,14 @@ class Plan:
 
     @cached_property
     def slot_rows(self) -> int:
-        """Rows of a scratch slot: those of the largest row group."""
-        return min(self.group_rows, self.max_new_tokens * self.heads_per_kv)
+        """Rows of a scratch slot: those of the largest row group, by which a kernel is chosen.
+
+        So where new tokens differ a batch-invariant plan counts with the most that there may be,
+        whatever the neighbours of a request have.
+        """
+        invariant = self._is_ragged and self.policy == "batch_invariant"
+        tokens = MAX_NEW_TOKENS if invariant else self.max_new_tokens
+        return min(self.group_rows, tokens * self.heads_per_kv)
 
     @property
     def shares_keys(self) -> bool:

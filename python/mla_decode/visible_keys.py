@@ -182,7 +182,10 @@ def host_ints(name: str, values: Ints, *, flatten: bool = False) -> Array:
             raise DtypeError(f"{name}: expected numbers on the host, got a {values.device} tensor")
         array = values.detach().numpy()
     else:
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except ValueError:
+            raise ShapeError(f"{name}: expected rows of the same length") from None
     if array.dtype.kind not in "iu" and array.size:
         raise DtypeError(f"{name}: expected integers, got {array.dtype}")
     if array.ndim != 1 and not flatten:
@@ -235,8 +238,8 @@ def _part(causal: bool, runs: list[tuple[int, int, int]], visible: Array) -> Par
 
 
 def _tokens(new_tokens: int | Ints, batch: int) -> Array:
-    if isinstance(new_tokens, int):
-        return np.full(batch, checks.require_int("new_tokens", new_tokens, 0, 1 << 20))
+    if isinstance(new_tokens, int | np.integer):
+        return np.full(batch, checks.require_int("new_tokens", int(new_tokens), 0, 1 << 20))
     return _same_size("new_tokens", host_ints("new_tokens", new_tokens), batch)
 
 
