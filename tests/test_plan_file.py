@@ -36,7 +36,7 @@ def test_damage_is_a_queue_error(tmp_path: Path, name: str) -> None:
     [
         ({"num_workers": 0}, "num_workers: expected 1 to 16384, got 0"),
         ({"num_workers": 1 << 40}, "num_workers: expected 1 to 16384"),
-        ({"num_workers": 1}, "worker: expected 0 to 0, got 0 to"),
+        ({"worker": [-9] * 89}, "worker: expected 0 or more, got -9"),
         ({"split_tiles": -3}, "split_tiles: expected 0 or more, got -3"),
         ({"predicted_us": float("nan")}, "predicted_us: expected finite times"),
         ({"num_heads": 8.9}, "num_heads: expected an integer, got 8.9"),
