@@ -26,7 +26,7 @@ from mla_decode.errors import (
     UnsupportedError,
 )
 from mla_decode.queue_check import as_words
-from mla_decode.reference import Case, make_case
+from mla_decode.reference import Case, attention, make_case
 from mla_decode.words import Fill, Noop, Partial, Reduction, Words
 
 from tests.support import Launch, cut, pack
@@ -1066,3 +1066,21 @@ def test_old_driver_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "missing", lambda device=0: "driver too old: 11.4, needs 12.0")
     with pytest.raises(UnsupportedError, match="driver too old"):
         native.require(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("device", ["foo", 1.5])
+def test_what_is_no_device_is_named(device: Any) -> None:
+    with pytest.raises(DeviceError, match=f"device: expected a device, got {device!r}"):
+        mla_decode.plan([100], 16, 1, device=device)
+
+
+def test_a_plan_for_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(DeviceError, match="device: expected one of this machine, got cuda"):
+        mla_decode.plan([100], 16, 1, device="cuda")
+
+
+def test_the_reference_takes_a_batch_without_tokens() -> None:
+    case = make_case([100, 50], 8, [0, 0])
+    out, lse = attention(case)
+    assert (out.shape, lse.shape) == ((0, 8, 512), (0, 8))

@@ -15,7 +15,14 @@ import torch
 
 from . import _scheduler, checks, cost, native, plan_file
 from .cost import CostModel
-from .errors import RangeError, ScheduleError, ShapeError, UnsupportedError, schedule_errors
+from .errors import (
+    DeviceError,
+    RangeError,
+    ScheduleError,
+    ShapeError,
+    UnsupportedError,
+    schedule_errors,
+)
 from .lengths import NewTokens, SeqLens, host_new_tokens, host_seq_lens
 from .row_groups import sizes_to_plan
 from .words import (
@@ -95,6 +102,8 @@ class Plan:
                 f"num_workers: expected a multiple of {size}, the mates of a partial, above "
                 f"{mates[-1]}, the place of the last one, got {self.num_workers}"
             )
+        # Read once: `torch.compile` cannot trace the first reading.
+        _ = self.fit_key, self.max_seq_len, self._length_list
 
     @property
     def batch(self) -> int:
@@ -258,7 +267,7 @@ class Plan:
     @cached_property
     def max_seq_len(self) -> int:
         """The longest request's KV length."""
-        return int(self.seq_lens.max())
+        return int(self.seq_lens.max(initial=0))
 
     @cached_property
     def fit_key(self) -> _FitKey:
@@ -300,7 +309,7 @@ class Plan:
 
     @cached_property
     def _length_list(self) -> list[int]:
-        return [int(length) for length in self.seq_lens]
+        return list(map(int, self.seq_lens.tolist()))
 
     def holds(self, seq_lens: list[int]) -> bool:
         """Whether these are the plan's lengths; quick, and False may mean anything."""
@@ -682,6 +691,13 @@ class PlanCache:
 def _gpu(device: torch.device | str | None) -> torch.device | None:
     """The CUDA device to plan for; None without one."""
     if device is not None:
-        chosen = torch.device(device)
-        return chosen if chosen.type == "cuda" else None
+        try:
+            chosen = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise DeviceError(f"device: expected a device, got {device!r}: {error}") from None
+        if chosen.type != "cuda":
+            return None
+        if not torch.cuda.is_available():
+            raise DeviceError(f"device: expected one of this machine, got {chosen}: no CUDA GPU")
+        return chosen
     return torch.device("cuda") if torch.cuda.is_available() else None

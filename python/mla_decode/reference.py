@@ -255,7 +255,7 @@ def attention(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (case.total_tokens, case.num_heads)
     out = torch.zeros(*shape, LATENT_DIM, dtype=torch.float64, device=case.q.device)
     lse = torch.full(shape, -math.inf, dtype=torch.float64, device=case.q.device)
-    q = case.q.reshape(*shape, -1)
+    q = case.q.reshape(*shape, case.q.shape[-1])
     first, group = 0, case.heads_per_kv
     for request, tokens in enumerate(case.tokens):
         for kv_head in range(case.h_kv):
