@@ -17,13 +17,12 @@ new_tokens also one number per request, block_size if it is not 64.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,8 +33,14 @@ from benchmarks.measure import REPLAYS, Row, measure
 from benchmarks.shapes import SERVING_SHAPES, SHAPES, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
-OURS = "mla_decode"
+OURS = report.OURS
 LAYERS = 61  # of DeepSeek-V3
+SHAPE_OPTIONS = ("shapes", "file", "random", "seed", "serving")
+IGNORED = {  # by the tables that are not of calls
+    "step": ("out", "report", "impls"),
+    "planning": ("step", "floor", "layers", "out", "report", "impls", *SHAPE_OPTIONS),
+    "floor": ("step", "layers", "out", "report", "impls", *SHAPE_OPTIONS),
+}
 HEADER = (
     f"{'shape':<28} {'impl':<15} {'us':>8} {'GB/s':>7} {'TFLOP/s':>8} {'x floor':>8} {'rel err':>8}"
 )
@@ -45,15 +50,17 @@ def commit() -> str:
     """Return COMMIT's value, for copies without their history; else the checked-out commit."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
-    answer = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return "unknown"
     return answer.stdout.strip() if answer.returncode == 0 else "unknown"
 
 
 def speedups(rows: list[Row]) -> str:
     """Return how many times faster than each peer ours is on the shape of ``rows``."""
-    times = {row.impl: row.us for row in rows if math.isfinite(row.us) and not row.error}
+    times = {row.impl: row.us for row in with_figures(rows)}
     if OURS not in times:
         return ""
     return "  ".join(
@@ -82,9 +89,8 @@ def summary(rows: list[Row]) -> str:
     """Return how our times compare with the faster peer's over shapes that both have."""
     times: dict[str, dict[str, float]] = {}
     memory_bound = {row.shape.name for row in rows if row.floor.is_memory_bound(row.shape)}
-    for row in rows:
-        if math.isfinite(row.us) and not row.error:
-            times.setdefault(row.shape.name, {})[row.impl] = row.us
+    for row in with_figures(rows):
+        times.setdefault(row.shape.name, {})[row.impl] = row.us
     ratios = {
         name: min(us for impl, us in of.items() if impl != OURS) / of[OURS]
         for name, of in times.items()
@@ -111,14 +117,19 @@ def title() -> str:
     return f"{name}, torch {torch.__version__}, CUDA {cuda}, commit {commit()[:12]}"
 
 
-def with_progress(shapes: list[Shape]) -> Iterable[Shape]:
+def with_progress(shapes: list[Shape]) -> Iterator[Shape]:
     """A progress bar on a terminal, nothing elsewhere."""
     if not sys.stderr.isatty():
-        return shapes
+        yield from shapes
+        return
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress
 
-    return track(shapes, "shapes", console=Console(stderr=True), transient=True)
+    # The table goes through the bar's console where both are on a terminal; a file gets it itself.
+    redirected = sys.stdout.isatty()
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, redirect_stdout=redirected) as progress:
+        yield from progress.track(shapes, description="shapes")
 
 
 def run(shapes: list[Shape], impls: list[str], replays: int = REPLAYS) -> list[Row]:
@@ -157,10 +168,23 @@ def run_steps(shapes: list[Shape], layers: int, replays: int) -> list[Row]:
     return rows
 
 
+def failures(rows: list[Row]) -> list[str]:
+    """Return which outputs were wrong, anyone's, and where ours did not run."""
+    return [
+        f"{row.shape.name}, {row.impl}: {row.error}"
+        for row in rows
+        if row.error and (row.impl == OURS or math.isfinite(row.us))
+    ]
+
+
 def exit_code(rows: list[Row]) -> int:
     """Return 1 if an output was wrong or ours did not run."""
-    wrong = [row for row in rows if row.error and (row.impl == OURS or math.isfinite(row.us))]
-    return 1 if wrong else 0
+    return 1 if failures(rows) else 0
+
+
+def with_figures(rows: list[Row]) -> list[Row]:
+    """Return the rows that have a figure to trust."""
+    return [row for row in rows if math.isfinite(row.us) and not row.error]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -186,11 +210,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     table = SERVING_SHAPES if arguments.serving else SHAPES
     arguments.chosen = choice.chosen(parser, arguments, table.values())
-    if arguments.step and (arguments.out or arguments.report or arguments.impls):
-        parser.error("--step prints a table of its own: no --out, --report or --impls")
-    if arguments.layers < 1:
-        parser.error(f"--layers: expected at least 1, got {arguments.layers}")
+    refuse_what_is_ignored(parser, arguments)
+    for name in ("layers", "replays"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(arguments, name)}")
+    check_places(parser, arguments)
     return arguments
+
+
+def refuse_what_is_ignored(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program where an option has no effect on the table that is asked for."""
+    for mode, ignored in IGNORED.items():
+        given = [name for name in ignored if getattr(arguments, name) != parser.get_default(name)]
+        if getattr(arguments, mode) and given:
+            options = ", ".join(f"--{name}" for name in given)
+            parser.error(f"--{mode} prints a table of its own: expected no {options}")
+
+
+def check_places(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """End the program, before anything is measured, where the files cannot be written."""
+    out, folder = arguments.out, arguments.report
+    if out and (out.is_dir() or not out.parent.is_dir()):
+        parser.error(f"--out: expected a file in a folder that is there, got {out}")
+    if folder and not next(place for place in (folder, *folder.parents) if place.exists()).is_dir():
+        parser.error(f"--report: expected a folder, or a place for one, got {folder}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,12 +249,26 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.step:
         return exit_code(run_steps(arguments.chosen, arguments.layers, arguments.replays))
     rows = run(arguments.chosen, arguments.impls or list(IMPLEMENTATIONS), arguments.replays)
-    if arguments.out:
-        kept = [row.as_json() for row in rows if math.isfinite(row.us) and not row.error]
-        arguments.out.write_text(json.dumps(kept, indent=1) + "\n")
-    if arguments.report:
-        print(f"report: {report.write_report(arguments.report, rows, title())}")
-    return exit_code(rows)
+    written = write_files(rows, arguments.out, arguments.report)
+    return exit_code(rows) if written else 1
+
+
+def write_files(rows: list[Row], out: Path | None, folder: Path | None) -> bool:
+    """Write the rows and the report where they are asked for; False if one could not be."""
+    unwritten = []
+    if out:
+        try:
+            out.write_text(report.json_of(with_figures(rows)), encoding="utf-8")
+        except OSError as error:
+            unwritten.append(f"--out: {error}")
+    if folder:
+        try:
+            print(f"report: {report.write_report(folder, rows, title())}")
+        except OSError as error:
+            unwritten.append(f"--report: {error}")
+    for problem in unwritten:
+        print(f"bench: {problem}", file=sys.stderr)
+    return not unwritten
 
 
 if __name__ == "__main__":

@@ -108,3 +108,52 @@ def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the relative L2 error; NaN or infinity anywhere in ``out`` gives infinity."""
     error = (out.double() - expected.double()).norm() / expected.double().norm()
     return float(error) if bool(error.isfinite()) else math.inf
+
+
+class WorstErrors:
+    """The worst errors of a case's outputs so far: `relative_error`, and the same of each request.
+
+    They stay where the outputs are until they are read: to read them is to wait for the GPU.
+    """
+
+    def __init__(self, case: Case) -> None:
+        tokens = case.shape.tokens
+        device = case.seq_lens.device
+        self._case = case
+        self._request_of_token = torch.tensor(
+            [request for request, count in enumerate(tokens) for _ in range(count)], device=device
+        )
+        self._expected = [self._squares(values) for values in case.reference]
+        self._whole = torch.zeros((), dtype=torch.float64, device=device)
+        self._of_request = torch.zeros(len(tokens), dtype=torch.float64, device=device)
+
+    def add(self, i: int, out: torch.Tensor) -> None:
+        """Take in an output of copy ``i``; NaN and infinity are errors without end."""
+        missed = self._squares(out, self._case.reference[i])
+        expected = self._expected[i]
+        self._whole = torch.maximum(self._whole, _relative(missed.sum(), expected.sum()))
+        self._of_request = torch.maximum(self._of_request, _relative(missed, expected))
+
+    @property
+    def whole(self) -> float:
+        """The worst relative error of a whole output."""
+        return float(self._whole)
+
+    @property
+    def worst_request(self) -> tuple[int, float]:
+        """The request with the worst error in any output, and that error."""
+        worst, request = self._of_request.max(dim=0)
+        return int(request), float(worst)
+
+    def _squares(self, values: torch.Tensor, less: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum of squares over the rows of each request."""
+        wide = values.to(torch.float64, copy=True)  # the one large allocation
+        if less is not None:
+            wide.sub_(less)
+        by_token = wide.square_().sum((-1, -2)).flatten()
+        sums = by_token.new_zeros(len(self._case.shape.seq_lens))
+        return sums.index_add_(0, self._request_of_token, by_token)
+
+
+def _relative(missed: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    return (missed / expected).sqrt().nan_to_num(nan=math.inf, posinf=math.inf)

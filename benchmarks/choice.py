@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,10 +28,17 @@ def chosen(
     if unknown:
         parser.error(f"unknown shapes {sorted(unknown)}; known are {', '.join(ALL_SHAPES)}")
     shapes = [ALL_SHAPES[name] for name in arguments.shapes or []]
+    own = []
     if arguments.file:
         try:
-            shapes += read_shapes(arguments.file)
+            own = read_shapes(arguments.file)
         except (OSError, ValueError) as error:
             parser.error(f"--file: {error}")
-    shapes += random_shapes(arguments.random, arguments.seed)
+    if arguments.random < 0:
+        parser.error(f"--random: expected at least 0, got {arguments.random}")
+    shapes += own + random_shapes(arguments.random, arguments.seed)
+    times = Counter(shape.name for shape in shapes)
+    for shape in own:  # figures are told apart by the name
+        if times[shape.name] > 1:
+            parser.error(f"--file: expected names of one shape each, got {shape.name!r} again")
     return shapes or list(otherwise)

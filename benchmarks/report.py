@@ -3,7 +3,8 @@
 ``table.csv`` and ``rows.json`` hold every row; ``multiples.png`` how far each implementation is
 from the limit, shape by shape; ``roofline.png`` the rates against the arithmetic intensity;
 ``latency.png`` the time against bytes, lengths and batch. The limit is the floor of the rows, which
-all have the same. A row with an error has no figure anywhere.
+all have the same. A row with an error has no figure anywhere. Without matplotlib there are no
+pictures, and the page says so.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +23,10 @@ from benchmarks.shapes import Shape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+OURS = "mla_decode"
 # An implementation looks the same in every picture.
 _STYLES = {
     "mla_decode": ("#1f5fa8", "o"),
@@ -31,24 +36,39 @@ _STYLES = {
 _OTHER_STYLE = ("#999999", "D")
 _LIMIT = "#4a4a4a"
 _BARS = 0.8  # of the room of a shape
+_MANY_DECADES, _FEW_DECADES = 3.0, 0.6  # of an axis: labels at 1 alone, at 2 and 5, at all
 
 
 def write_report(folder: Path, rows: Sequence[Row], title: str) -> Path:
     """Write all files into ``folder`` and return the path of ``report.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-    good = [row for row in rows if not row.error and math.isfinite(row.us)]
+    good = [row for row in rows if _has_figure(row)]
     write_csv(folder / "table.csv", good)
-    document = [row.as_json() for row in good]
-    (folder / "rows.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    pictures = write_pictures(folder, good) if good else []
+    (folder / "rows.json").write_text(json_of(good), encoding="utf-8")
+    pictures, why_none = [], ""
+    try:
+        pictures = write_pictures(folder, good) if good else []
+    except ModuleNotFoundError as error:
+        why_none = f"No pictures: expected {error.name or 'matplotlib'}, it is not installed."
+        print(f"report: {why_none}", file=sys.stderr)
     report = folder / "report.md"
-    report.write_text(markdown(rows, title, pictures), encoding="utf-8")
+    report.write_text(markdown(rows, title, pictures, why_none), encoding="utf-8")
     return report
 
 
+def record(row: Row) -> dict[str, str | float]:
+    """Return a row's fields: those of the results files, and the multiple of the floor."""
+    return row.as_json() | {"x_floor": round(row.us / row.floor_us, 3)}
+
+
+def json_of(rows: Iterable[Row]) -> str:
+    """Return the rows as a JSON document."""
+    return json.dumps([record(row) for row in rows], indent=1) + "\n"
+
+
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """One line per row; the fields of `Row.as_json`."""
-    lines = [row.as_json() for row in rows]
+    """One line per row; the fields of `record`."""
+    lines = [record(row) for row in rows]
     with path.open("w", newline="", encoding="utf-8") as file:
         if not lines:
             return
@@ -57,36 +77,62 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
         writer.writerows(lines)
 
 
-def markdown(rows: Sequence[Row], title: str, pictures: Sequence[str] = ()) -> str:
-    """A table with a line per shape and a column per implementation, then the pictures."""
+def markdown(
+    rows: Sequence[Row], title: str, pictures: Sequence[str] = (), why_none: str = ""
+) -> str:
+    """A table with a line per shape and columns per implementation, then the pictures."""
     floor = rows[0].floor
     impls = list(dict.fromkeys(row.impl for row in rows))
     shapes = _shapes_of(rows)
-    cells = {(row.shape.name, row.impl): _cell(row) for row in rows}
+    by_place = {(row.shape.name, row.impl): row for row in rows}
     lines = [
         f"# {title}",
         "",
         "Microseconds per call; in brackets how many times the limit, which is the time to stream "
-        f"the bytes or to do the arithmetic, whichever is longer: {floor}.",
+        f"the bytes or to do the arithmetic, whichever is longer: {floor}. Rates are of that one.",
         "",
-        "| shape | limit, us | " + " | ".join(impls) + " |",
-        "|---|---:|" + "---:|" * len(impls),
     ]
+    header = ["shape", "limit, us", *(name for impl in impls for name in _columns(impl, impls))]
+    lines += [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
     for shape in shapes:
-        line = " | ".join(cells.get((shape.name, impl), "–") for impl in impls)
-        lines.append(f"| {shape.name} | {floor.us(shape):.1f} | {line} |")
-    notes = [f"- {row.shape.name}, {row.impl}: {row.error}" for row in rows if row.error]
+        ours = by_place.get((shape.name, OURS))
+        cells = [_one_line(shape.name).replace("|", "\\|"), f"{floor.us(shape):.1f}"]
+        for impl in impls:
+            own = _cells(by_place.get((shape.name, impl)), ours)
+            cells += own[: len(_columns(impl, impls))]
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {_one_line(row.shape.name)}, {row.impl}: {row.error}" for row in rows if row.error]
     if notes:
         lines += ["", "Without a figure:", "", *notes]
     for picture in pictures:
         lines += ["", f"![{Path(picture).stem}]({picture})"]
+    if why_none:
+        lines += ["", why_none]
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: Row) -> str:
-    if row.error or not math.isfinite(row.us):
-        return "–"
-    return f"{row.us:.1f} ({row.us / row.floor_us:.2f})"
+def _columns(impl: str, impls: Sequence[str]) -> list[str]:
+    """The header of an implementation: of a peer also its time over ours."""
+    ratio = [f"{impl} / {OURS}"] if impl != OURS and OURS in impls else []
+    return [impl, "rate", *ratio]
+
+
+def _cells(row: Row | None, ours: Row | None) -> tuple[str, str, str]:
+    """Time, rate, and time over ours."""
+    if row is None or not _has_figure(row):
+        return "–", "–", "–"
+    time = f"{row.us:.1f} ({row.us / row.floor_us:.2f})"
+    bound_by_memory = row.floor.is_memory_bound(row.shape)
+    rate = f"{row.gbps:.0f} GB/s" if bound_by_memory else f"{row.tflops:.0f} TFLOP/s"
+    return time, rate, f"{row.us / ours.us:.2f}" if ours and _has_figure(ours) else "–"
+
+
+def _has_figure(row: Row) -> bool:
+    return not row.error and math.isfinite(row.us)
+
+
+def _one_line(name: str) -> str:
+    return " ".join(name.split())
 
 
 # Pictures
@@ -134,7 +180,7 @@ def _new_figure(size: tuple[float, float]) -> Figure:
 
 
 def _multiples_size(shapes: Sequence[Shape]) -> tuple[float, float]:
-    return 9.0, 1.6 + 0.42 * len(shapes)
+    return 9.0, 1.8 + 0.42 * len(shapes)
 
 
 def _shapes_of(rows: Sequence[Row]) -> list[Shape]:
@@ -167,11 +213,12 @@ def _draw_multiples(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]
                 fontsize=7,
             )  # fmt: skip
     axes.axvline(1.0, color=_LIMIT, linewidth=1)
-    axes.set_yticks(range(len(shapes)), [shape.name for shape in shapes])
+    names = [_one_line(shape.name) for shape in shapes]
+    axes.set_yticks(range(len(shapes)), names, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("time as a multiple of the limit (1: nothing can be faster)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    figure.legend(loc="outside lower center", ncols=len(impls), frameon=False)
 
 
 def _draw_roofline(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]) -> None:
@@ -221,8 +268,19 @@ def _draw_latency(figure: Figure, rows: Sequence[Row], shapes: Sequence[Shape]) 
 
 
 def _plain_logarithmic(axes: Axes) -> None:
-    """Both axes logarithmic, labelled 1, 2, 5, 10, ... with plain numbers."""
+    """Both axes logarithmic, with plain numbers: 1, 2, 5, 10, ...; a long one 1, 10, 100, ..."""
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:,g}")
-        axis.set_minor_formatter(lambda value, _: f"{value:,g}" if f"{value:e}"[0] in "25" else "")
+        axis.set_major_formatter(lambda value, _: _short(value))
+        axis.set_minor_formatter(partial(_minor_label, axis))
+
+
+def _minor_label(axis: Axis, value: float, position: int | None = None) -> str:
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    digits = "" if decades > _MANY_DECADES else "25" if decades > _FEW_DECADES else "23456789"
+    return _short(value) if f"{value:e}"[0] in digits else ""
+
+
+def _short(value: float) -> str:
+    return f"{value / 1e3:,g}k" if value >= 1e3 else f"{value:g}"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
+import itertools
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,94 @@ def test_the_report_shows_every_row(rows: list[Row], tmp_path: Path) -> None:
     assert [float(line["us"]) for line in table] == [round(row.us, 3) for row in rows]
     assert [float(line["floor_us"]) for line in table] == [round(row.floor_us, 2) for row in rows]
     assert len(json.loads((page.parent / "rows.json").read_text(encoding="utf-8"))) == len(rows)
+
+
+def test_the_report_shows_rates_and_how_many_times_as_long_peers_take(tmp_path: Path) -> None:
+    memory, arithmetic = SHAPES["B1_64k_q1_h16"], SHAPES["B128_8k_q2_h128"]
+    rows = [
+        Row(memory, "mla_decode", us=20.0, floor=FLOOR),
+        Row(memory, "flash_mla", us=50.0, floor=FLOOR),
+        Row(arithmetic, "mla_decode", us=1000.0, floor=FLOOR),
+        Row(arithmetic, "flash_mla", us=999.0, error="wrong output", floor=FLOOR),
+    ]
+    page = report.write_report(tmp_path, rows, "a GPU")
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    limits = [f"{FLOOR.us(shape):.1f}" for shape in (memory, arithmetic)]
+    multiples = [f"{row.us:.1f} ({row.us / row.floor_us:.2f})" for row in rows]
+    ours, theirs = (f"{memory.bytes / us / 1e3:.0f} GB/s" for us in (20.0, 50.0))
+    flops = f"{arithmetic.flop / 1000.0 / 1e6:.0f} TFLOP/s"
+    assert table == [
+        ["shape", "limit, us", "mla_decode", "rate", "flash_mla", "rate", "flash_mla / mla_decode"],
+        [memory.name, limits[0], multiples[0], ours, multiples[1], theirs, "2.50"],
+        [arithmetic.name, limits[1], multiples[2], flops, "–", "–", "–"],
+    ]
+    (first, *_), of_csv = (
+        json.loads((tmp_path / "rows.json").read_text(encoding="utf-8")),
+        csv.DictReader((tmp_path / "table.csv").open(encoding="utf-8")),
+    )
+    assert first["x_floor"] == float(next(of_csv)["x_floor"]) == round(20 / FLOOR.us(memory), 3)
+
+
+def test_a_report_of_peers_alone_compares_with_nothing(tmp_path: Path) -> None:
+    row = Row(SHAPES["B8_1k_q1_h16"], "flash_mla", us=15.0, floor=FLOOR)
+    page = report.write_report(tmp_path, [row], "a GPU").read_text(encoding="utf-8")
+    assert "| shape | limit, us | flash_mla | rate |\n" in page
+
+
+def test_any_name_of_a_shape_can_be_reported(tmp_path: Path) -> None:
+    for name in ("cost_$x^{_$", "a|b\nc", r"\frac{$"):
+        row = Row(Shape(name, (4096,), 1, 16), "mla_decode", us=5.0, rel_err=1e-3)
+        text = report.write_report(tmp_path, [row], "a GPU").read_text(encoding="utf-8")
+        (line,) = [line for line in text.splitlines() if "GB/s |" in line]
+        assert len(re.findall(r"(?<!\\)\|", line)) == 5  # four cells
+    with (tmp_path / "table.csv").open(encoding="utf-8") as file:
+        assert next(csv.DictReader(file))["shape"] == name
+
+
+def test_without_matplotlib_the_rest_of_the_report_is_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    row = Row(SHAPES["B8_1k_q1_h16"], "mla_decode", us=5.0, rel_err=1e-3)
+    page = report.write_report(tmp_path, [row], "a GPU")
+    why = "No pictures: expected matplotlib, it is not installed."
+    assert why in page.read_text(encoding="utf-8")
+    assert why in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"report.md", "rows.json", "table.csv"}
+
+
+@pytest.mark.parametrize("count", [1, 3, 13])
+def test_labels_of_the_latencies_do_not_overlap(rows: list[Row], count: int) -> None:
+    shapes = list(SHAPES.values())[:count]
+    figure = report._new_figure((13.0, 4.4))
+    report._draw_latency(figure, [row for row in rows if row.shape in shapes], shapes)
+    figure.canvas.draw()
+    for axes in figure.axes:
+        labels = [*axes.get_xticklabels(minor=False), *axes.get_xticklabels(minor=True)]
+        boxes = [
+            label.get_window_extent()
+            for label in labels
+            if label.get_text()
+            and axes.get_xlim()[0] <= label.get_position()[0] <= axes.get_xlim()[1]
+        ]
+        boxes.sort(key=lambda box: box.x0)
+        assert len(boxes) >= 2
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("count", [1, 13])
+def test_the_legend_of_the_multiples_covers_no_bar(rows: list[Row], count: int) -> None:
+    shapes = list(SHAPES.values())[:count]
+    figure = report._new_figure(report._multiples_size(shapes))
+    report._draw_multiples(figure, [row for row in rows if row.shape in shapes], shapes)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    (legend,) = [*figure.legends, *filter(None, [axes.get_legend()])]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
 def test_a_copy_without_its_history_is_told_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +247,40 @@ def test_a_step_refuses_what_it_would_ignore(
 ) -> None:
     with pytest.raises(SystemExit):
         bench.parse(["--step", *other])
-    assert "--step prints a table of its own" in capsys.readouterr().err
+    message = f"--step prints a table of its own: expected no {other[0]}"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["--planning", "--floor"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        ["--out", "x"],
+        ["--report", "x"],
+        ["--impls", "flash_mla"],
+        ["--shapes", "B8_1k_q1_h16"],
+        ["--random", "3"],
+        ["--seed", "3"],
+        ["--serving"],
+        ["--step"],
+        ["--layers", "3"],
+    ],
+    ids=" ".join,
+)
+def test_planning_and_floor_refuse_what_they_would_ignore(
+    mode: str, other: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.parse([mode, "--replays", "3"]).replays == 3
+    with pytest.raises(SystemExit):
+        bench.parse([mode, *other])
+    message = f"{mode} prints a table of its own: expected no {other[0]}"
+    assert message in capsys.readouterr().err
+
+
+def test_planning_and_floor_are_not_asked_for_together(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.parse(["--planning", "--floor"])
+    assert "--planning prints a table of its own: expected no --floor" in capsys.readouterr().err
 
 
 def test_a_wrong_output_of_a_peer_fails_too() -> None:
@@ -166,10 +291,99 @@ def test_a_wrong_output_of_a_peer_fails_too() -> None:
     assert bench.exit_code([Row(shape, "mla_decode", error="did not run")]) == 1
 
 
-def test_layers_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--step", "--layers", "0"], "--layers: expected at least 1, got 0"),
+        (["--replays", "0"], "--replays: expected at least 1, got 0"),
+        (["--random", "-3"], "--random: expected at least 0, got -3"),
+    ],
+    ids=lambda value: value[-2] if isinstance(value, list) else None,
+)
+def test_numbers_are_checked(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        bench.parse(["--step", "--layers", "0"])
-    assert "--layers: expected at least 1, got 0" in capsys.readouterr().err
+        bench.parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--out", "no/such/rows.json"], ["--out", "."], ["--report", "f"], ["--report", "f/below"]],
+    ids=" ".join,
+)
+def test_files_that_cannot_be_written_are_refused_before_measuring(
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f").touch()
+    with pytest.raises(SystemExit):
+        bench.parse(arguments)
+    assert f"{arguments[0]}: expected a f" in capsys.readouterr().err
+    assert bench.parse(["--out", "new.json", "--report", "new/folder"]).out == Path("new.json")
+
+
+def test_one_file_that_cannot_be_written_does_not_lose_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "title", lambda: "a GPU")
+    rows = [Row(SHAPES["B8_1k_q1_h16"], "mla_decode", us=4.0, rel_err=2e-3)]
+    assert not bench.write_files(rows, tmp_path / "gone" / "rows.json", tmp_path / "report")
+    assert (tmp_path / "report" / "report.md").exists()
+    assert "bench: --out: " in capsys.readouterr().err
+
+
+def test_names_of_a_file_that_stand_for_two_shapes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def entry(name: str, length: int = 40) -> dict[str, Any]:
+        return {"name": name, "seq_lens": [length], "new_tokens": 1, "num_heads": 16}
+
+    def chosen(*entries: dict[str, Any]) -> list[Shape]:
+        file = tmp_path / "shapes.json"
+        file.write_text(json.dumps(entries), encoding="utf-8")
+        given = ["--file", str(file), "--shapes", "B8_1k_q1_h16"]
+        return list(bench.parse(given).chosen)
+
+    assert [shape.name for shape in chosen(entry("a"), entry("b"))] == ["B8_1k_q1_h16", "a", "b"]
+    for name, entries in (
+        ("a", [entry("a"), entry("b"), entry("a", 90)]),
+        ("B8_1k_q1_h16", [entry("B8_1k_q1_h16")]),
+    ):
+        with pytest.raises(SystemExit):
+            chosen(*entries)
+        message = f"--file: expected names of one shape each, got {name!r} again"
+        assert message in capsys.readouterr().err
+
+
+def test_a_machine_without_git_does_not_know_its_commit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("COMMIT", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert bench.commit() == "unknown"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_table_that_goes_to_a_file_is_there_although_a_terminal_shows_progress(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, terminal = io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", file)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    shapes = list(SHAPES.values())[:2]
+    for shape in bench.with_progress(shapes):
+        print(shape.name)
+    assert file.getvalue().splitlines() == [shape.name for shape in shapes]
+    assert "shapes" in terminal.getvalue()
 
 
 def test_the_summary_compares_with_the_faster_peer() -> None:

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -382,11 +384,38 @@ def test_bench_and_gpu_check_say_that_there_is_no_gpu(capsys: pytest.CaptureFixt
     assert "no CUDA GPU" in answer.stderr
 
 
+GpuCheck = Callable[[list[str], dict[str, object], list[Row]], tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def run_gpu_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> GpuCheck:
+    """gpu_check of tests that failed, a correctness row and rows of the benchmark."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu_check, "FOLDER", tmp_path / "results")
+
+    def run(
+        failed: list[str], case_row: dict[str, object], rows: list[Row]
+    ) -> tuple[int, dict[str, Any]]:
+        monkeypatch.setattr(gpu_check, "run_tests", lambda extra: (failed, [case_row]))
+        monkeypatch.setattr(bench, "run", lambda *arguments: rows)
+        status = gpu_check.main()
+        record = json.loads((tmp_path / "results" / "nvidia-h200.json").read_text())
+        results.check_schema(record)
+        return status, record
+
+    return run
+
+
 @pytest.mark.parametrize("failed", [[], ["tests.test_mla::test_one"]], ids=("passed", "failed"))
 @pytest.mark.parametrize("passed", [True, False])
 def test_gpu_check_writes_results_that_the_schema_accepts(
     passed: bool,
     failed: list[str],
+    run_gpu_check: GpuCheck,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -402,26 +431,33 @@ def test_gpu_check_writes_results_that_the_schema_accepts(
     out = tmp_path / "out"
     out.mkdir()
     monkeypatch.setenv("OUT", str(out))
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu_check, "FOLDER", tmp_path / "results")
-    monkeypatch.setattr(
-        gpu_check, "run_tests", lambda extra: (failed, [gpu_check.finite(case_row)])
-    )
-    monkeypatch.setattr(bench, "run", lambda *arguments: rows)
 
-    assert gpu_check.main() == (0 if passed and not failed else 1)
+    status, record = run_gpu_check(failed, gpu_check.finite(case_row), rows)
+    assert status == (0 if passed and not failed else 1)
     assert all(name in capsys.readouterr().out.splitlines()[-1] for name in failed)
-    record = json.loads((tmp_path / "results" / "nvidia-h200.json").read_text())
-    results.check_schema(record)
     assert record["source_digest"] == source_digest.source_digest()
     assert record["failed_tests"] == failed
     assert [row["shape"] for row in record["benchmark"]] == list(shapes.SHAPES)
     assert record["floor"] == floor.as_json()
     assert json.loads((out / "nvidia-h200.json").read_text()) == record
+
+
+@pytest.mark.parametrize("impl", ["mla_decode", "flash_mla"])
+def test_gpu_check_keeps_no_figure_of_a_wrong_output_and_counts_it_as_a_failure(
+    impl: str, run_gpu_check: GpuCheck, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape = shapes.SHAPES["B8_1k_q1_h16"]
+    impls = ("mla_decode", "flash_mla", "flashinfer_fa3")
+    rows = [Row(shape, name, us=4.0, rel_err=2e-3) for name in impls]
+    wrong = rows[impls.index(impl)]
+    wrong.rel_err, wrong.error = 0.5, "wrong output: relative error 5.00e-01"
+    case_row = {"case": "one", "rel_err": 2e-3, "lse_max_abs_err": 0.0, "passed": True}
+    status, record = run_gpu_check([], case_row, rows)
+    failure = f"benchmark: B8_1k_q1_h16, {impl}: wrong output: relative error 5.00e-01"
+    assert status == 1
+    assert failure in capsys.readouterr().out.splitlines()[-1]
+    assert record["failed_tests"] == [failure]
+    assert [row["impl"] for row in record["benchmark"]] == [x for x in impls if x != impl]
 
 
 def test_gpu_check_names_the_tests_that_failed(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import mla_decode
 import pytest
+import torch
+from fake_timing import fake_gpu
 from mla_decode import cli, doctor, reference
 from mla_decode.cli import EXIT_FAILED, EXIT_OK, EXIT_UNSUPPORTED, EXIT_USAGE, main, parse_seq_lens
 
@@ -228,12 +230,56 @@ def test_bench_without_the_repository_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str) -> object:
-        raise ModuleNotFoundError(name)
+        raise ModuleNotFoundError(name, name="benchmarks")
 
     monkeypatch.setattr(cli.importlib, "import_module", absent)
     code, _, err = run(capsys, "bench", "--shapes", "x")
     assert code == EXIT_UNSUPPORTED
     assert "bench: --shapes x: expected the repository's benchmarks" in err
+
+
+def test_bench_names_what_the_repositorys_benchmarks_lack(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(name: str) -> object:
+        raise ModuleNotFoundError("No module named 'numpy'", name="numpy")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lacking)
+    code, out, err = run(capsys, "bench")
+    assert (code, out) == (EXIT_UNSUPPORTED, "")
+    assert err == "UnsupportedError: bench: expected numpy, it is not installed\n"
+
+
+@pytest.mark.parametrize("launches", ["right", "nothing", "wrong"])
+def test_the_small_bench_gives_a_figure_only_of_a_right_output(
+    launches: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, case = mla_decode.plan([300, 70], 16, 4), reference.make_case([300, 70], 16, 4)
+    expected = reference.attention(case)
+    with fake_gpu(monkeypatch) as gpu:
+
+        def decode_case(
+            *arguments: object, out: torch.Tensor, lse: torch.Tensor, **_: object
+        ) -> None:
+            def work() -> None:
+                out.copy_(expected[0] * (1.01 if gpu.replayed and launches == "wrong" else 1))
+                lse.copy_(expected[1])
+
+            if gpu.capturing is None or launches != "nothing":
+                gpu.enqueue(work)
+
+        monkeypatch.setitem(sys.modules, "benchmarks.bench", None)  # not there
+        monkeypatch.setattr(cli.native, "require", lambda device: None)
+        monkeypatch.setattr(cli, "plan", lambda *batch: made)
+        monkeypatch.setattr(cli.reference, "make_case", lambda *batch, device: case)
+        monkeypatch.setattr(cli.measure, "synchronize", lambda: None)
+        monkeypatch.setattr(cli.measure, "decode_case", decode_case)
+        code, out, _ = run(capsys, "bench")
+    if launches == "right":
+        assert code == EXIT_OK and " us, " in out and " x floor" in out
+    else:
+        assert code == EXIT_FAILED and "FAILED: wrong output, no figure" in out
+        assert " us" not in out and "x floor" not in out
 
 
 def test_module_runs_as_a_command(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
     python tools/gpu_check.py [--pytest ARGS] [--replays N]
 
-The file is written even when something failed, and names the tests; the exit status is then 1. A
-copy goes to the folder that OUT names, if it is set.
+The file is written even when something failed, and names the tests and the benchmark's wrong
+outputs, whose figures it leaves out; the exit status is then 1. A copy goes to the folder that OUT
+names, if it is set.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 from benchmarks import bench  # noqa: E402
 from benchmarks.implementations import IMPLEMENTATIONS  # noqa: E402
-from benchmarks.measure import REPLAYS  # noqa: E402
+from benchmarks.measure import REPLAYS, Row  # noqa: E402
 from benchmarks.shapes import SHAPES  # noqa: E402
 from tools.results import FOLDER, ResultsError, install  # noqa: E402
 from tools.source_digest import source_digest  # noqa: E402
@@ -71,20 +72,12 @@ def finite(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="GPU tests, benchmark, results file")
-    parser.add_argument("--pytest", default="", metavar="ARGS", help="further arguments of pytest")
-    parser.add_argument("--replays", type=int, default=REPLAYS)
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(f"gpu-check: no CUDA GPU (torch {torch.__version__})", file=sys.stderr)
-        return 2
-    digest = source_digest()  # before, so that an edit during the run does not count as measured
-    failed, correctness = run_tests(shlex.split(arguments.pytest))
-    rows = bench.run(list(SHAPES.values()), list(IMPLEMENTATIONS), arguments.replays)
-    device = torch.cuda.get_device_name()
-    results = {
-        "device": device,
+def results_of(
+    digest: str, failed: list[str], correctness: list[dict[str, Any]], rows: list[Row]
+) -> dict[str, Any]:
+    """Return what the file holds; a row with an error has no figure there."""
+    return {
+        "device": torch.cuda.get_device_name(),
         "commit": bench.commit(),
         "source_digest": digest,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
@@ -93,13 +86,28 @@ def main() -> int:
         "floor": rows[0].floor.as_json(),
         "failed_tests": failed,
         "correctness": correctness,
-        "benchmark": [finite(row.as_json()) for row in rows if math.isfinite(row.us)],
+        "benchmark": [row.as_json() for row in bench.with_figures(rows)],
     }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="GPU tests, benchmark, results file")
+    parser.add_argument("--pytest", default="", metavar="ARGS", help="further arguments of pytest")
+    parser.add_argument("--replays", type=int, default=REPLAYS)
+    arguments = parser.parse_args()
+    if arguments.replays < 1:
+        parser.error(f"--replays: expected at least 1, got {arguments.replays}")
+    if not torch.cuda.is_available():
+        print(f"gpu-check: no CUDA GPU (torch {torch.__version__})", file=sys.stderr)
+        return 2
+    digest = source_digest()  # before, so that an edit during the run does not count as measured
+    failed, correctness = run_tests(shlex.split(arguments.pytest))
+    rows = bench.run(list(SHAPES.values()), list(IMPLEMENTATIONS), arguments.replays)
+    failed = failed + [f"benchmark: {failure}" for failure in bench.failures(rows)]
+    results = results_of(digest, failed, correctness, rows)
     failures = [*failed]
     failures += [f"correctness: {row['case']}" for row in correctness if not row["passed"]]
     failures += [] if correctness else ["no correctness row was recorded"]
-    ours = [row for row in rows if row.impl == bench.OURS]
-    failures += [f"{row.shape.name}: {row.error}" for row in ours if row.error]
     try:
         path = install(results, FOLDER)
         print(f"gpu-check: wrote {path.relative_to(ROOT)}")

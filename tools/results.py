@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.shapes import SHAPES, Floor, Shape
 from tools.source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,8 @@ FOLDER = ROOT / "benchmarks" / "results"
 PENDING = "pending.json"
 HISTORY = "history"
 NOISE = 1.03  # a shape that takes longer than this many times its last time has lost
+AGREEMENT = 0.01  # how far a rate may be from that of the time: they are rounded
+KEPT_CASES = 0.9  # of the correctness rows before; fewer are tests that did not run
 
 NUMBER = (int, float)
 HEAD = {
@@ -132,10 +135,12 @@ def write_pending(reason: str, digest: str, folder: Path = FOLDER) -> Path:
     return path
 
 
-def install(results: dict[str, Any], folder: Path = FOLDER) -> Path:
+def install(results: dict[str, Any], folder: Path = FOLDER, digest: str = "") -> Path:
     """Write ``results`` as those of their device; return the file.
 
-    Those that were measured with other sources are kept, numbered, in ``history/<device>/``.
+    Those that were measured with other sources are kept, numbered, in ``history/<device>/``. Why
+    there are none is forgotten if these were measured with the sources of ``digest``, which are
+    those that are here if it is not given.
     """
     check_schema(results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,12 +149,14 @@ def install(results: dict[str, Any], folder: Path = FOLDER) -> Path:
         before = json.loads(path.read_text())
         if before["source_digest"] != results["source_digest"]:
             past = history(path)
-            name = f"{len(past) + 1:04}-{before['commit'][:12]}.json"
+            number = max((int(file.name.split("-")[0]) for file in past), default=0) + 1
+            name = f"{number:04}-{before['commit'][:12]}.json"
             kept = folder / HISTORY / path.stem / name
             kept.parent.mkdir(parents=True, exist_ok=True)
             path.rename(kept)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    (folder / PENDING).unlink(missing_ok=True)
+    if results["source_digest"] == (digest or source_digest()):
+        (folder / PENDING).unlink(missing_ok=True)
     return path
 
 
@@ -169,6 +176,51 @@ def losses(
         if row["impl"] == impl and row["shape"] in before
     }
     return {shape: ratio for shape, ratio in ratios.items() if ratio > NOISE}
+
+
+def absurd(results: dict[str, Any]) -> list[str]:
+    """Return the figures that are none: not positive, or rates that are not those of the time.
+
+    Floors are compared only with one that was measured in the same run.
+    """
+    floor = Floor(**results["floor"]) if "floor" in results else None
+    problems = []
+    for row in results["benchmark"]:
+        where = f"{row['shape']}, {row['impl']}"
+        if row["shape"] not in SHAPES:
+            problems.append(f"{where}: expected a shape of benchmarks/shapes.py")
+            continue
+        if row["us"] <= 0:
+            problems.append(f"{where}: us: expected more than 0, got {row['us']}")
+            continue
+        for name, value in _implied(SHAPES[row["shape"]], row["us"], floor).items():
+            if not math.isclose(row[name], value, rel_tol=AGREEMENT):
+                problems.append(f"{where}: {name}: expected {value:.2f}, got {row[name]}")
+    return problems
+
+
+def _implied(shape: Shape, us: float, floor: Floor | None) -> dict[str, float]:
+    """What a row must say beside its time."""
+    implied = {"gbps": shape.bytes / us / 1e3, "tflops": shape.flop / us / 1e6}
+    return implied | ({"floor_us": floor.us(shape)} if floor else {})
+
+
+def missing(results: dict[str, Any], before: dict[str, Any]) -> list[str]:
+    """Return what results lack that those ``before`` them had."""
+    rows, old_rows = (
+        {(row["shape"], row["impl"]) for row in record["benchmark"]} for record in (results, before)
+    )
+    impls = {impl for _, impl in old_rows}
+    problems = [
+        f"{shape}: expected a row of {impl}, as before"
+        for shape in SHAPES
+        for impl in sorted(impls)
+        if (shape, impl) not in rows
+    ]
+    cases, least = len(results["correctness"]), KEPT_CASES * len(before["correctness"])
+    if cases < least:
+        problems.append(f"correctness: expected at least {least:.0f} rows, got {cases}")
+    return problems
 
 
 def main() -> int:

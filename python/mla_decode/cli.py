@@ -198,7 +198,9 @@ def _trace(arguments: argparse.Namespace, console: Console) -> int:
 def _bench(arguments: argparse.Namespace, console: Console) -> int:
     try:
         full = importlib.import_module("benchmarks.bench")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", "benchmarks.bench"):
+            raise UnsupportedError(f"bench: expected {error.name}, it is not installed") from None
         if arguments.rest:
             raise UnsupportedError(
                 f"bench: {' '.join(arguments.rest)}: expected the repository's benchmarks; "
@@ -215,7 +217,11 @@ def _small_bench(console: Console) -> int:
     native.require(device)
     case = reference.make_case(DEMO_SEQ_LENS, DEMO_HEADS, DEMO_NEW_TOKENS, device=device)
     made = plan(DEMO_SEQ_LENS, DEMO_HEADS, DEMO_NEW_TOKENS)
-    us = measure.decode_us(case, made)
+    us, out, lse = measure.decode_us_and_outputs(case, made)
+    errors = reference.compare(out, lse, *reference.attention(case))
+    if not errors.passed:
+        console.print(f"[bold red]FAILED[/]: wrong output, no figure: {errors}")
+        return EXIT_FAILED
     moved = cost.traffic_bytes(case.seq_lens, case.num_heads, case.new_tokens)
     console.print(
         f"{torch.cuda.get_device_name()}: {timeline.describe_shape(made)}: {us:.1f} us, "

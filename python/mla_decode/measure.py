@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +21,15 @@ _L2_FACTOR = 4  # the caches that a graph rotates over hold this many times the 
 _MAX_COPIES = 8
 
 
-def replay_us(calls: list[Callable[[], object]], replays: int = REPLAYS) -> float:
-    """Median microseconds per call of a CUDA graph that holds ``calls`` in order."""
+def replay_us(
+    calls: list[Callable[[], object]],
+    replays: int = REPLAYS,
+    captured: Callable[[], object] = lambda: None,
+) -> float:
+    """Median microseconds per call of a CUDA graph that holds ``calls`` in order.
+
+    ``captured`` is called before the first replay.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -32,6 +40,7 @@ def replay_us(calls: list[Callable[[], object]], replays: int = REPLAYS) -> floa
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    captured()
     times = []
     for number in range(replays + 3):
         start, end = _event(), _event()
@@ -80,6 +89,13 @@ def decode_case(
 
 def decode_us(case: Case, plan: Plan, replays: int = REPLAYS) -> float:
     """Microseconds per decode call, its cache read from memory and not from L2."""
+    return decode_us_and_outputs(case, plan, replays)[0]
+
+
+def decode_us_and_outputs(
+    case: Case, plan: Plan, replays: int = REPLAYS
+) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """`decode_us`, and what O and LSE the replays left: NaN where they wrote nothing."""
     properties = torch.cuda.get_device_properties(case.q.device)
     kv = case.kv_cache if isinstance(case.kv_cache, torch.Tensor) else case.kv_cache[0]
     l2_bytes = int(properties.L2_cache_size)
@@ -91,7 +107,12 @@ def decode_us(case: Case, plan: Plan, replays: int = REPLAYS) -> float:
         return lambda: decode_case(case, plan, kv_cache=cache, out=out, lse=lse)
 
     caches = [case.kv_cache] + [_copy(case.kv_cache) for _ in range(copies - 1)]
-    return replay_us([call_on(cache) for cache in caches], replays)
+
+    def poison() -> None:
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+
+    return replay_us([call_on(cache) for cache in caches], replays, poison), out, lse
 
 
 def timing_records(case: Case, plan: Plan) -> torch.Tensor:
