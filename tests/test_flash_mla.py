@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import math
 import sys
+import weakref
 from typing import Any
 
 import mla_decode
 import pytest
 import torch
 from mla_decode import flash_mla
-from mla_decode.errors import DtypeError, MlaDecodeError, ScheduleError
+from mla_decode.errors import DtypeError, MlaDecodeError, RangeError, ScheduleError
 from mla_decode.flash_mla import (
     FlashMLASchedMeta,
     NotSupportedError,
@@ -175,6 +176,95 @@ def test_a_step_is_planned_once(form: str, monkeypatch: pytest.MonkeyPatch) -> N
         assert len(updates) == 3
 
 
+def call_with(case: Case, lengths: torch.Tensor, metadata: Any) -> Any:
+    """A call on the case's tensors with other lengths than it has."""
+    options = {"softmax_scale": case.softmax_scale, "causal": True}
+    inputs = (case.q, cache_of(case), case.block_table, lengths, 512, *metadata)
+    return flash_mla_with_kvcache(*inputs, **options)
+
+
+@pytest.mark.parametrize("inside", ("lengths", "metadata", "both"))
+def test_older_metadata_never_stands_for_lengths_whose_writes_cannot_be_seen(inside: str) -> None:
+    case = case_of([130, 65])
+    with torch.inference_mode(inside != "metadata"):
+        lengths = lengths_of(case)
+    with torch.inference_mode(inside != "lengths"):
+        metadata = get_mla_metadata(lengths_of(case), 32, 1)
+    with torch.inference_mode():
+        longer = call_with(case, lengths, metadata)
+        lengths.numpy()[:] = 3  # as an engine's kernel would, which counts no version
+        if inside != "lengths":
+            metadata[0].copy_(get_mla_metadata(lengths, 32, 1)[0])
+        shorter = call_with(case, lengths, metadata)
+    expected = call_with(case, torch.full((2,), 3, dtype=torch.int32), get_mla_metadata())
+    assert not same_bits(longer[0], expected[0])
+    assert same_bits(shorter[0], expected[0])
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("form", ("present", "older"))
+def test_lengths_of_another_tensor_are_never_taken_for_those_before(
+    form: str, dtype: torch.dtype
+) -> None:
+    """The tensor before stays alive, so that the next one gets another address."""
+    case = case_of([130, 130])
+    metadata = metadata_of(case, form)
+    for length in (130, 3, 65, 7):
+        lengths = torch.full((2,), length, dtype=dtype)
+        made = call_with(case, lengths, metadata)
+        alive = weakref.ref(lengths)
+        del lengths
+        assert alive() is not None
+        fresh = torch.full((2,), length, dtype=torch.int32)
+        assert same_bits(made[0], call_with(case, fresh, get_mla_metadata())[0])
+
+
+def test_other_elements_of_the_same_memory_are_other_lengths() -> None:
+    case = case_of([130, 65])
+    metadata = get_mla_metadata()
+    pairs = torch.tensor([[130, 65], [3, 3]], dtype=torch.int64)
+    call_with(case, pairs[0], metadata)
+    made = call_with(case, pairs[:, 0], metadata)
+    fresh = torch.tensor([130, 3], dtype=torch.int32)
+    assert same_bits(made[0], call_with(case, fresh, get_mla_metadata())[0])
+
+
+def test_a_refused_call_fills_no_metadata() -> None:
+    case = case_of([130, 65])
+    metadata = get_mla_metadata()
+    inputs = (case.q, cache_of(case), case.block_table.long(), lengths_of(case), 512, *metadata)
+    with pytest.raises(DtypeError, match="block_table"):
+        flash_mla_with_kvcache(*inputs)
+    assert metadata == get_mla_metadata()
+
+
+@pytest.mark.parametrize("form", ("present", "older"))
+def test_lengths_that_are_refused_leave_the_plan_before(form: str) -> None:
+    case = case_of([130, 65])
+    metadata, lengths = metadata_of(case, form), lengths_of(case)
+    good = call_with(case, lengths, metadata)
+    with pytest.raises(RangeError, match="cache_seqlens: request 1: expected 0 to 320, got 9999"):
+        call_with(case, torch.tensor([3, 9999], dtype=torch.int32), metadata)
+    assert same_bits(call_with(case, lengths, metadata)[0], good[0])
+
+
+def test_an_update_that_fails_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU an update raises what an earlier call reported."""
+    case = case_of([130, 65])
+    metadata, lengths = get_mla_metadata(), lengths_of(case)
+    good = call_with(case, lengths, metadata)
+    update = mla_decode.DevicePlan.update
+
+    def fail(self: mla_decode.DevicePlan, *arguments: Any) -> mla_decode.DevicePlan:
+        update(self, *arguments)
+        raise RangeError("of an earlier call")
+
+    with monkeypatch.context() as patch, pytest.raises(RangeError, match="of an earlier call"):
+        patch.setattr(mla_decode.DevicePlan, "update", fail)
+        call_with(case, torch.full((2,), 3, dtype=torch.int32), metadata)
+    assert same_bits(call_with(case, lengths, metadata)[0], good[0])
+
+
 def test_metadata_of_one_step_and_another_live_side_by_side() -> None:
     cases = [case_of([130, 65]), case_of([65, 700])]
     metadata = [metadata_of(case, "older") for case in cases]
@@ -242,15 +332,29 @@ def test_bad_arguments_are_named() -> None:
         with pytest.raises(MlaDecodeError, match=message):
             flash_mla_with_kvcache(*bad)
 
-    refuse(0, case.q[0], r"q: expected shape \[b, s_q, h_q, head_dim\]")
+    refuse(0, case.q[0], r"q: expected shape \[b, s_q, h_q, 576\]")
     refuse(1, case.kv_cache, "k_cache: expected shape")
     refuse(2, None, "block_table: expected a torch.Tensor")
     refuse(3, None, "cache_seqlens: expected a torch.Tensor")
     refuse(4, 256, "head_dim_v: expected 512, got 256")
     refuse(5, None, "tile_scheduler_metadata: expected what get_mla_metadata returns")
     refuse(6, torch.zeros(2), "num_splits: expected None with a FlashMLASchedMeta")
-    with pytest.raises(DtypeError, match=r"seq_lens: expected torch\.int32"):
-        flash_mla_with_kvcache(*good[:3], lengths_of(case).float(), *good[4:])
+    refuse(0, None, "q: expected a torch.Tensor, got NoneType")
+    refuse(0, case.q[..., :512], r"^q: expected shape \[b, s_q, h_q, 576\]")
+    refuse(0, case.q.repeat(1, 9, 1, 1), "q: expected s_q, the new tokens, of 1 to 16, got 18")
+    refuse(0, case.q[:, :, :0], "q: expected a multiple of 1 heads")
+    refuse(1, [1.0], "k_cache: expected a torch.Tensor, got list")
+    refuse(1, cache_of(case).half(), r"^k_cache: expected torch\.bfloat16")
+    refuse(1, cache_of(case)[..., :512], "k_cache: expected shape")
+    refuse(1, cache_of(case)[:, :0], "k_cache: expected page_block_size and h_k of at least 1")
+    refuse(2, torch.tensor(1), r"block_table: expected shape \[1, max_blocks\], got \[\]")
+    refuse(2, case.block_table[0], r"block_table: expected shape \[1, max_blocks\]")
+    refuse(3, lengths_of(case).float(), r"^cache_seqlens: expected torch\.int32")
+    refuse(3, lengths_of(case).repeat(2), r"^cache_seqlens: expected shape \[1\], got \[2\]")
+    refuse(3, lengths_of(case) - 131, "^cache_seqlens: request 0: expected 0 to 320, got -1")
+    refuse(3, lengths_of(case).long() + 2**33, "^cache_seqlens: request 0: .* got 8589934722")
+    with pytest.raises(DtypeError, match=r"cache_seqlens: expected torch\.int32"):
+        get_mla_metadata(lengths_of(case).float(), 32, 1)
 
 
 def test_gradients_are_not_in_the_way() -> None:

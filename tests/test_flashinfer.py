@@ -10,10 +10,13 @@ import mla_decode
 import pytest
 import torch
 from mla_decode.errors import (
+    DeviceError,
     DtypeError,
     MlaDecodeError,
+    RangeError,
     ScheduleError,
     ShapeError,
+    StrideError,
     UnsupportedError,
 )
 from mla_decode.flashinfer import BatchMLAPagedAttentionWrapper
@@ -21,6 +24,10 @@ from mla_decode.reference import Case, attention, compare, make_case
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TOKENS = [2, 0, 1, 4]
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def case_of(lengths: list[int], tokens: Any = TOKENS, **options: Any) -> Case:
@@ -178,6 +185,19 @@ def test_graph_mode_copies_into_its_buffers(warm: bool) -> None:
         ({"page_size": 0}, "page_size: expected 1 to"),
         ({"qo_indptr": torch.zeros(3, dtype=torch.int32)}, "qo_indptr: expected shape [5]"),
         ({"kv_len_arr": [1, 2]}, "kv_len_arr: expected a torch.Tensor"),
+        ({"kv_len_arr": torch.tensor(3, dtype=torch.int32)}, "kv_len_arr: expected shape [B]"),
+        ({"kv_len_arr": int32()}, "kv_len_arr: expected at least 1 request"),
+        ({"kv_len_arr": int32(130, -1, 0, 700)}, "kv_len_arr: request 1: expected 0 to "),
+        ({"kv_len_arr": int32(130, 65, 99, 700)}, "kv_len_arr: request 2: expected 0 to "),
+        ({"kv_len_arr": int32(1, 1, 0, 1).to("meta")}, "kv_len_arr: expected a tensor with values"),
+        ({"qo_indptr": int32(1, 1, 1, 2, 2)}, "qo_indptr: expected to start with 0, got 1"),
+        ({"qo_indptr": int32(0, 2, 1, 2, 2)}, "qo_indptr: request 1: expected offsets that do not"),
+        ({"qo_indptr": int32(0, 17, 17, 18, 18)}, "qo_indptr: request 0: expected at most 16 new"),
+        ({"kv_indptr": int32(0, 9, 14, 14, 999)}, "kv_indptr: expected to end at "),
+        ({"kv_indptr": int32(0, 9, 8, 14, 20)}, "kv_indptr: request 1: expected offsets that do"),
+        ({"sm_scale": "x"}, "sm_scale: expected a float, got str"),
+        ({"sm_scale": -1.0}, "sm_scale: expected a finite number above 0"),
+        ({"causal": None}, "causal: expected a bool, got NoneType"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -185,7 +205,144 @@ def test_plan_refuses(change: dict[str, Any], message: str) -> None:
     wrapper = wrapper_on("cpu")
     with pytest.raises(MlaDecodeError) as caught:
         wrapper.plan(**plan_arguments(case_of([130, 65, 0, 700]), **change))
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"))
+def test_plan_takes_int64_that_fit_and_no_other_dtype(name: str) -> None:
+    case = case_of([130, 65, 0, 700])
+    wrapper = wrapper_on("cpu")
+    given = plan_arguments(case)
+    for dtype in (torch.float32, torch.float64, torch.bool, torch.int16, torch.uint8):
+        with pytest.raises(DtypeError, match=f"^{name}: expected torch.int32, got {dtype}"):
+            wrapper.plan(**{**given, name: given[name].to(dtype)})
+    for wrong in (2**32, -(2**32), 2**63 - 1):
+        wide = given[name].long()
+        wide[-1] = wrong
+        with pytest.raises(RangeError, match=f"^{name}: expected values that fit .* got {wrong}"):
+            wrapper.plan(**{**given, name: wide})
+    wrapper.plan(**{**given, name: given[name].long()})
+    assert compare(*run(wrapper, case, return_lse=True), *attention(case)).passed
+
+
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+@pytest.mark.parametrize("use_cuda_graph", (False, True), ids=("eager", "graph"))
+def test_what_is_written_after_plan_changes_no_result(
+    use_cuda_graph: bool, dtype: torch.dtype
+) -> None:
+    case = case_of([130, 65, 0, 700])
+    buffers = graph_buffers(4, 200, "cpu") if use_cuda_graph else {}
+    wrapper = wrapper_on("cpu", use_cuda_graph=use_cuda_graph, **buffers)
+    given = plan_arguments(case)
+    names = ("qo_indptr", "kv_indptr", "kv_len_arr", *(("kv_indices",) if use_cuda_graph else ()))
+    mine = {name: given[name].to(dtype, copy=True) for name in names}
+    wrapper.plan(**{**given, **mine})
+    for _ in range(2):
+        for tensor in mine.values():
+            tensor.fill_(1)
+        assert compare(*run(wrapper, case, return_lse=True), *attention(case)).passed
+
+
+FAILING: list[dict[str, Any]] = [
+    {"kv_indices": torch.zeros(300, dtype=torch.float32)},
+    {"kv_len_arr": int32(1, 2, 0, 9999)},
+    {"qo_indptr": int32(0, 17, 17, 18, 18)},
+    {"qo_indptr": int32(0)},
+    {"kv_indptr": int32(0, 1, 1, 1, 9999)},
+    {"num_heads": 8, "kv_len_arr": int32(), "qo_indptr": int32(0), "kv_indptr": int32(0)},
+    {"sm_scale": None, "num_heads": 8},
+]
+
+
+@pytest.mark.parametrize("warm", (False, True), ids=("cold", "warm"))
+@pytest.mark.parametrize("use_cuda_graph", (False, True), ids=("eager", "graph"))
+def test_after_a_failed_plan_all_is_as_before(use_cuda_graph: bool, warm: bool) -> None:
+    case, other = case_of([130, 65, 0, 700]), case_of([1, 60, 0, 300], [1, 1, 1, 1], seed=1)
+    buffers = graph_buffers(4, 200, "cpu") if use_cuda_graph else {}
+    wrapper = wrapper_on("cpu", use_cuda_graph=use_cuda_graph, **buffers)
+    wrapper.plan(**plan_arguments(case))
+    if warm:
+        run(wrapper, case)
+    before = {name: buffer.tolist() for name, buffer in buffers.items()}
+    failing = list(FAILING)
+    if use_cuda_graph:
+        failing.append({"kv_indices": torch.zeros(201, dtype=torch.int32)})
+    for change in failing:
+        with pytest.raises(MlaDecodeError):
+            wrapper.plan(**{**plan_arguments(other), **change})
+        assert {name: buffer.tolist() for name, buffer in buffers.items()} == before
+        assert compare(*run(wrapper, case, return_lse=True), *attention(case)).passed
+
+
+def failing_update(self: mla_decode.DevicePlan, *_: Any, **__: Any) -> mla_decode.DevicePlan:
+    """As on a GPU that reports an earlier call: nothing was enqueued."""
+    raise RangeError("of an earlier call")
+
+
+def test_a_plan_that_meets_an_earlier_error_writes_no_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case, other = case_of([130, 65, 0, 700]), case_of([1, 60, 0, 300], seed=1)
+    buffers = graph_buffers(4, 200, "cpu")
+    wrapper = wrapper_on("cpu", use_cuda_graph=True, **buffers)
+    wrapper.plan(**plan_arguments(case))
+    run(wrapper, case)
+    with monkeypatch.context() as patch, pytest.raises(RangeError, match="of an earlier call"):
+        patch.setattr(mla_decode.DevicePlan, "update", failing_update)
+        wrapper.plan(**plan_arguments(other))
+    assert buffers["kv_len_arr"].tolist() == [130, 65, 0, 700]
+    assert compare(*run(wrapper, case, return_lse=True), *attention(case)).passed
+
+
+def test_a_run_that_fails_to_plan_leaves_it_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, padded = case_of([130, 65, 0, 700]), case_of([130, 65, 0, 700], padding_tokens=3)
+    wrapper = wrapper_on("cpu")
+    wrapper.plan(**plan_arguments(case))
+    run(wrapper, case)
+    updates: list[object] = []
+    with monkeypatch.context() as patch, pytest.raises(RangeError, match="of an earlier call"):
+        patch.setattr(mla_decode.DevicePlan, "update", failing_update)
+        run(wrapper, padded)
+    update = mla_decode.DevicePlan.update
+
+    def spy(self: mla_decode.DevicePlan, *given: Any, **named: Any) -> mla_decode.DevicePlan:
+        updates.append(self)
+        return update(self, *given, **named)
+
+    monkeypatch.setattr(mla_decode.DevicePlan, "update", spy)
+    assert compare(*run(wrapper, padded, return_lse=True), *attention(padded)).passed
+    assert len(updates) == 1
+
+
+def test_graph_buffers_of_inference_mode_are_written_outside_of_it() -> None:
+    case = case_of([130, 65, 0, 700])
+    with torch.inference_mode():
+        buffers = graph_buffers(4, 200, "cpu")
+    wrapper = wrapper_on("cpu", use_cuda_graph=True, **buffers)
+    wrapper.plan(**plan_arguments(case))
+    assert compare(*run(wrapper, case, return_lse=True), *attention(case)).passed
+
+
+def test_graph_mode_takes_more_tokens_than_it_ran() -> None:
+    wrapper = wrapper_on("cpu", use_cuda_graph=True, **graph_buffers(2, 60, "cpu"))
+    for tokens in ([1, 1], [4, 1], [1, 2]):
+        case = case_of([130, 65], tokens)
+        wrapper.plan(**plan_arguments(case))
+        assert compare(*run(wrapper, case, return_lse=True), *attention(case)).passed
+
+
+def test_graph_mode_keeps_its_plan_where_padding_made_it_bigger() -> None:
+    """What a graph would find that was captured after a run: the plan of these lengths."""
+    wrapper = wrapper_on("cpu", use_cuda_graph=True, **graph_buffers(1, 60, "cpu"))
+    case, other = (case_of([n], [1], padding_tokens=20) for n in (700, 65))
+    wrapper.plan(**plan_arguments(case))
+    run(wrapper, case, pages=60)
+    captured = wrapper._plan
+    assert captured is not None
+    wrapper.plan(**plan_arguments(other))
+    assert wrapper._plan is captured
+    assert captured.to_host().seq_lens.tolist() == [65]
+    assert compare(*run(wrapper, other, pages=60, return_lse=True), *attention(other)).passed
 
 
 def test_run_refuses_what_was_not_planned() -> None:
@@ -203,6 +360,43 @@ def test_run_refuses_what_was_not_planned() -> None:
     for name in ("profiler_buffer", "kv_len", "page_table"):
         with pytest.raises(UnsupportedError, match=f"{name}: expected None"):
             run(wrapper, case, **{name: torch.zeros(1)})
+
+
+def test_run_names_its_arguments() -> None:
+    case = case_of([130, 65, 0, 700])
+    wrapper = wrapper_on("cpu")
+    wrapper.plan(**plan_arguments(case))
+    q_nope, q_pe = (part.contiguous() for part in case.q.split([512, 64], dim=-1))
+    good = {"q_nope": q_nope, "q_pe": q_pe, "ckv_cache": case.latent, "kpe_cache": case.rope}
+    for name, tensor in good.items():
+        for bad, error in (
+            (None, DtypeError),
+            ([1.0], DtypeError),
+            (tensor.half(), DtypeError),
+            (tensor[..., :32], ShapeError),
+            (tensor[0], ShapeError),
+            (tensor.to("meta"), DeviceError),
+        ):
+            with pytest.raises(error, match=f"^{name}: expected"):
+                wrapper.run(**{**good, name: bad})
+    with pytest.raises(ShapeError, match=r"^q_pe: expected shape \[7, 16, 64\]"):
+        wrapper.run(**{**good, "q_pe": q_pe[:3]})
+    with pytest.raises(ShapeError, match=r"^kpe_cache: expected shape"):
+        wrapper.run(**{**good, "kpe_cache": case.rope[:3]})
+    with pytest.raises(ShapeError, match=r"^q_nope: expected at least the 7 rows of qo_indptr"):
+        wrapper.run(**{**good, "q_nope": q_nope[:3], "q_pe": q_pe[:3]})
+
+
+def test_wrapper_refuses_buffers_that_no_kernel_reads() -> None:
+    good = graph_buffers(4, 200, "cpu")
+    for name, buffer in good.items():
+        for bad, error in (
+            (buffer.float(), DtypeError),
+            (buffer[None], ShapeError),
+            (torch.zeros(10, dtype=torch.int32)[::2], StrideError),
+        ):
+            with pytest.raises(error, match=f"^{name}: expected"):
+                wrapper_on("cpu", use_cuda_graph=True, **{**good, name: bad})
 
 
 def test_wrapper_refuses_other_backends_and_missing_buffers() -> None:

@@ -21,14 +21,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import checks, native
 from .decoding import decode
 from .device_plan import DevicePlan
-from .errors import DtypeError, ScheduleError, UnsupportedError
+from .errors import DtypeError, RangeError, ScheduleError, ShapeError, UnsupportedError
 from .lengths import MAX_SEQ_LEN
 from .planning import DEFAULT_NUM_WORKERS
-from .words import LATENT_DIM, MAX_ROWS
+from .words import LATENT_DIM, MAX_NEW_TOKENS, MAX_ROWS, ROPE_DIM
 
 __version__ = "1.0.0"  # of the interface
 
 _METADATA_WORDS = 8  # of a row of the older form's metadata
+_WIDTH = LATENT_DIM + ROPE_DIM
+_TENSORS = ("q", "k_cache", "block_table", "cache_seqlens")
 
 # What the package has and this one has not.
 _ABSENT = (
@@ -50,6 +52,9 @@ class _Planned:
 
     plan: DevicePlan
     state: Hashable = None
+    """None: not known, so that every call plans."""
+    lengths: torch.Tensor | None = None
+    """The caller's, kept so that no other tensor gets the address that stands in ``state``."""
 
 
 @dataclass
@@ -59,7 +64,8 @@ class FlashMLASchedMeta:
     Later calls must have the same shapes and the same lengths: the layers of one step. Where
     it can be seen that the lengths are others (another tensor, or one written by PyTorch
     since), or that the plan would be missing from a CUDA graph under capture, the call plans
-    anew; otherwise it relies on it.
+    anew; otherwise it relies on it. Writes to tensors made under ``torch.inference_mode()``
+    cannot be seen: as in FlashMLA, a step that writes its lengths there needs a new object.
     """
 
     @dataclass
@@ -110,6 +116,13 @@ def get_mla_metadata(
         ``[b + 1]`` int32. Their sizes are FlashMLA's, so that they can be copied into
         buffers kept for CUDA graphs; what they hold means nothing: the first call with them
         plans from the lengths that it gets, and so does the first one after they were written.
+        Where writes cannot be seen, for metadata or lengths made under
+        ``torch.inference_mode()``, every call plans.
+
+    Raises
+    ------
+    ShapeError, DtypeError, RangeError
+        An argument of the older form is wrong.
     """
     names = ("cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -118,7 +131,7 @@ def get_mla_metadata(
         return FlashMLASchedMeta(), None
     if given.get("is_fp8_kvcache") or given.get("topk") is not None:
         return FlashMLASchedMeta(), None  # the call says that it is not supported
-    checks.require_shape("cache_seqlens", lengths, ["b"])
+    _require_lengths(lengths, "b")
     rows = checks.require_int(
         "num_q_tokens_per_head_k", given["num_q_tokens_per_head_k"], 1, 1 << 20
     )
@@ -159,7 +172,8 @@ def flash_mla_with_kvcache(
         ``[b, max_blocks]`` int32.
     cache_seqlens : Tensor
         ``[b]`` int32 KV lengths, new tokens included. Negative ones, and those beyond the
-        block table, are planned as the nearest possible and reported by a later call.
+        block table, are refused on the CPU; on the GPU they are planned as the nearest
+        possible and reported by a later call.
     head_dim_v : int
         512.
     tile_scheduler_metadata, num_splits
@@ -200,90 +214,192 @@ extra_topk_length
     )
     if head_dim_v != LATENT_DIM:
         raise NotSupportedError(f"head_dim_v: expected {LATENT_DIM}, got {head_dim_v}")
-    for name, tensor in (("block_table", block_table), ("cache_seqlens", cache_seqlens)):
+    given = (q, k_cache, block_table, cache_seqlens)
+    for name, tensor in zip(_TENSORS, given, strict=True):
         checks.require_tensor(name, tensor)
     assert block_table is not None and cache_seqlens is not None
-    if q.dim() != 4 or k_cache.dim() != 4:
-        checks.require_shape("q", q, ["b", "s_q", "h_q", "head_dim"])
-        checks.require_shape("k_cache", k_cache, ["num_blocks", "page_block_size", "h_k", 576])
-    plan = _plan(
-        tile_scheduler_metadata, num_splits, q, k_cache, block_table, cache_seqlens, causal
+    config = _config(q, k_cache, block_table, causal)
+    planned = _plan(
+        _known(tile_scheduler_metadata, num_splits, config),
+        config,
+        min(block_table.shape[1] * config.page_block_size, MAX_SEQ_LEN),
+        tile_scheduler_metadata,
+        cache_seqlens,
+        q.device,
     )
-    return decode(
+    result = decode(
         q.detach() if q.requires_grad else q,
         k_cache.detach() if k_cache.requires_grad else k_cache,
         block_table,
         None,
-        plan,
+        planned.plan,
         softmax_scale,
         causal=causal,
         attn_sink=attn_sink,
     )
+    _fill(tile_scheduler_metadata, planned, config)
+    return result
+
+
+def _config(
+    q: torch.Tensor, k_cache: torch.Tensor, block_table: torch.Tensor, causal: bool
+) -> FlashMLASchedMeta.Config:
+    """Check the tensors against one another, by the names they have here, and size the call."""
+    q_shape, k_shape, table_shape = q.shape, k_cache.shape, block_table.shape
+    fits = (
+        (len(q_shape), len(k_shape), len(table_shape)) == (4, 4, 2)
+        and q_shape[3] == k_shape[3] == _WIDTH
+        and q_shape[0] == table_shape[0]
+        and q.dtype is k_cache.dtype
+        and q.device == k_cache.device
+    )
+    if not fits:  # which of them is looked at only then: every layer comes here
+        checks.require_shape("q", q, ["b", "s_q", "h_q", _WIDTH])
+        checks.require_shape("k_cache", k_cache, ["num_blocks", "page_block_size", "h_k", _WIDTH])
+        checks.require_dtype("k_cache", k_cache, q.dtype)
+        checks.require_device("k_cache", k_cache, q.device)
+        checks.require_shape("block_table", block_table, [q_shape[0], "max_blocks"])
+    batch, s_q, h_q, _ = q_shape
+    _, page_block_size, h_k, _ = k_shape
+    return FlashMLASchedMeta.Config(
+        batch, s_q, h_q, page_block_size, h_k, causal, False, None, None, None
+    )
+
+
+def _known(
+    metadata: object, num_splits: torch.Tensor | None, config: FlashMLASchedMeta.Config
+) -> _Planned | None:
+    """What earlier calls with this metadata planned."""
+    if isinstance(metadata, torch.Tensor):
+        return _planned.get(metadata)
+    if not isinstance(metadata, FlashMLASchedMeta):
+        raise DtypeError(
+            "tile_scheduler_metadata: expected what get_mla_metadata returns, got "
+            f"{type(metadata).__name__}"
+        )
+    if num_splits is not None:
+        raise DtypeError("num_splits: expected None with a FlashMLASchedMeta")
+    if metadata.have_initialized and metadata.config != config:
+        raise ScheduleError(
+            f"tile_scheduler_metadata: filled for {metadata.config}, the call has {config}"
+        )
+    return metadata._planned
 
 
 def _plan(
+    planned: _Planned | None,
+    config: FlashMLASchedMeta.Config,
+    limit: int,
     metadata: FlashMLASchedMeta | torch.Tensor,
-    num_splits: torch.Tensor | None,
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    block_table: torch.Tensor,
     cache_seqlens: torch.Tensor,
-    causal: bool,
-) -> DevicePlan:
-    """The plan that the metadata stands for, made now if it was not made before."""
-    batch, s_q, h_q, _ = q.shape
-    _, page_block_size, h_k, _ = k_cache.shape
-    limit = min(block_table.shape[1] * page_block_size, MAX_SEQ_LEN)
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    state: Hashable = (cache_seqlens.data_ptr(), _version(cache_seqlens), capturing, limit)
-    planned: _Planned | None
-    if isinstance(metadata, FlashMLASchedMeta):
-        if num_splits is not None:
-            raise DtypeError("num_splits: expected None with a FlashMLASchedMeta")
-        config = FlashMLASchedMeta.Config(
-            batch, s_q, h_q, page_block_size, h_k, causal, False, None, None, None
-        )
-        if metadata.have_initialized and metadata.config != config:
-            raise ScheduleError(
-                f"tile_scheduler_metadata: filled for {metadata.config}, the call has {config}"
+    device: torch.device,
+) -> _Planned:
+    """The plan of a call, made now if it was not made before."""
+    state = _state(metadata, cache_seqlens, limit)
+    is_kept = planned is not None and _is_for(planned.plan, config, limit, device)
+    if planned is not None and is_kept and state is not None and planned.state == state:
+        return planned
+    _require_sizes(config)
+    _require_lengths(cache_seqlens, config.b)
+    checks.require_device("cache_seqlens", cache_seqlens, device)
+    lengths = _int32_lengths(cache_seqlens, limit)
+    if planned is None or not is_kept:
+        planned = _Planned(_new_plan(config, limit, device))
+    planned.state = None  # should the update fail, its plan is of no known lengths
+    planned.plan.update(lengths)
+    planned.state, planned.lengths = state, cache_seqlens
+    return planned
+
+
+def _state(
+    metadata: FlashMLASchedMeta | torch.Tensor, cache_seqlens: torch.Tensor, limit: int
+) -> Hashable:
+    """Changes whenever a plan gets out of date; None where that could happen unseen."""
+    capturing = cache_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+    layout = (cache_seqlens.shape, cache_seqlens.stride(), cache_seqlens.dtype)
+    lengths = (cache_seqlens.data_ptr(), layout, _version(cache_seqlens))
+    if not isinstance(metadata, torch.Tensor):
+        return lengths, capturing, limit
+    if cache_seqlens.is_inference() or metadata.is_inference():
+        return None
+    return lengths, capturing, limit, _version(metadata)
+
+
+def _require_lengths(cache_seqlens: torch.Tensor, batch: int | str) -> None:
+    if cache_seqlens.dtype not in (torch.int32, torch.int64):
+        raise DtypeError(f"cache_seqlens: expected torch.int32, got {cache_seqlens.dtype}")
+    checks.require_shape("cache_seqlens", cache_seqlens, [batch])
+
+
+def _int32_lengths(cache_seqlens: torch.Tensor, limit: int) -> torch.Tensor:
+    """The lengths as a `DevicePlan` takes them; on the CPU their range is checked."""
+    if cache_seqlens.device.type == "cpu":
+        bad = ((cache_seqlens < 0) | (cache_seqlens > limit)).nonzero()
+        if len(bad):
+            request = int(bad[0])
+            raise RangeError(
+                f"cache_seqlens: request {request}: expected 0 to {limit}, got "
+                f"{int(cache_seqlens[request])}"
             )
-        planned = metadata._planned
-    else:
-        if not isinstance(metadata, torch.Tensor):
-            kind = type(metadata).__name__
-            raise DtypeError(
-                f"tile_scheduler_metadata: expected what get_mla_metadata returns, got {kind}"
-            )
-        state = (state, _version(metadata))
-        planned = _planned.get(metadata)
-    sizes = (batch, s_q, h_q, h_k)
-    if planned is None or not _is_for(planned.plan, sizes, limit, q.device):
-        planned = _Planned(
-            DevicePlan(batch, h_q, s_q, num_kv_heads=h_k, max_seq_len=limit, device=q.device)
+    if cache_seqlens.dtype is torch.int64:
+        return cache_seqlens.clamp(-1, (1 << 31) - 1).to(torch.int32)
+    checks.require_dense("cache_seqlens", cache_seqlens, 4)
+    return cache_seqlens
+
+
+def _require_sizes(config: FlashMLASchedMeta.Config) -> None:
+    """Check sizes by the names that they have here."""
+    if config.b < 1:
+        raise ShapeError("q: expected at least 1 request, got 0")
+    if not 1 <= config.s_q <= MAX_NEW_TOKENS:
+        raise UnsupportedError(
+            f"q: expected s_q, the new tokens, of 1 to {MAX_NEW_TOKENS}, got {config.s_q}"
         )
-    if planned.state != state:
-        lengths = cache_seqlens
-        if lengths.dtype is torch.int64:
-            lengths = lengths.clamp(-1, (1 << 31) - 1).to(torch.int32)
-        planned.plan.update(lengths)
-        planned.state = state
-    if isinstance(metadata, FlashMLASchedMeta):
-        if metadata._planned is not planned:
-            metadata._planned = planned
-            metadata.config = config
-            metadata.have_initialized = True
-            metadata.tile_scheduler_metadata = planned.plan.instructions
-            metadata.num_splits = planned.plan.header
-    else:
+    if config.h_k < 1 or config.page_block_size < 1:
+        raise ShapeError(
+            "k_cache: expected page_block_size and h_k of at least 1, got "
+            f"{config.page_block_size} and {config.h_k}"
+        )
+    if config.h_q < 1 or config.h_q % config.h_k:
+        raise ShapeError(
+            f"q: expected a multiple of {config.h_k} heads, the KV heads of k_cache, got "
+            f"{config.h_q}"
+        )
+
+
+def _new_plan(config: FlashMLASchedMeta.Config, limit: int, device: torch.device) -> DevicePlan:
+    return DevicePlan(
+        config.b,
+        config.h_q,
+        config.s_q,
+        num_kv_heads=config.h_k,
+        max_seq_len=limit,
+        device=device,
+    )
+
+
+def _fill(
+    metadata: FlashMLASchedMeta | torch.Tensor,
+    planned: _Planned,
+    config: FlashMLASchedMeta.Config,
+) -> None:
+    """Let the metadata stand for a plan that a call succeeded with."""
+    if isinstance(metadata, torch.Tensor):
         _planned[metadata] = planned
-    return planned.plan
+    elif metadata._planned is not planned:
+        metadata._planned = planned
+        metadata.config = config
+        metadata.have_initialized = True
+        metadata.tile_scheduler_metadata = planned.plan.instructions
+        metadata.num_splits = planned.plan.header
 
 
 def _is_for(
-    plan: DevicePlan, sizes: tuple[int, int, int, int], limit: int, device: torch.device
+    plan: DevicePlan, config: FlashMLASchedMeta.Config, limit: int, device: torch.device
 ) -> bool:
     mine = (plan.num_requests, plan.new_tokens, plan.num_heads, plan.num_kv_heads)
-    return mine == sizes and plan.max_seq_len == limit and plan.device == device
+    wanted = (config.b, config.s_q, config.h_q, config.h_k)
+    return mine == wanted and plan.max_seq_len == limit and plan.device == device
 
 
 def _version(tensor: torch.Tensor) -> int:

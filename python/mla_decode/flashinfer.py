@@ -7,13 +7,23 @@ bf16 and fp16. The LSE is base 2 unless asked otherwise, and -inf where no key i
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from . import checks
 from .decoding import decode
 from .device_plan import DevicePlan
-from .errors import DtypeError, ScheduleError, ShapeError, UnsupportedError
+from .errors import (
+    DeviceError,
+    DtypeError,
+    RangeError,
+    ScheduleError,
+    ShapeError,
+    UnsupportedError,
+)
 from .lengths import MAX_SEQ_LEN
 from .planning import require_heads
 from .words import LATENT_DIM, MAX_NEW_TOKENS, MAX_ROWS, ROPE_DIM
@@ -21,6 +31,30 @@ from .workspace import Workspace
 
 _BACKENDS = ("auto", "fa2", "fa3")
 _DTYPES = (torch.bfloat16, torch.float16)
+_INT32 = torch.iinfo(torch.int32)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What a call of `plan` said, beside its tensors."""
+
+    batch: int
+    num_heads: int
+    page_size: int
+    room: int
+    """Keys of a request that the pages can hold."""
+    tokens: int
+    """New tokens of all requests; 0 on the GPU, where nobody reads them."""
+    causal: bool
+    sm_scale: float
+    dtype: torch.dtype
+
+    def has_sizes_of(self, other: _Step | None) -> bool:
+        """Whether a plan for the other has room for this one."""
+        if other is None:
+            return False
+        mine = (self.batch, self.num_heads, self.room)
+        return mine == (other.batch, other.num_heads, other.room)
 
 
 class BatchMLAPagedAttentionWrapper:
@@ -28,7 +62,8 @@ class BatchMLAPagedAttentionWrapper:
 
     `plan` takes the lengths and the pages of a step, `run` is called once for each layer. The
     queue is planned on the device: by the first `run` of a step where only that knows the rows
-    of q, else by `plan`. Nothing is copied to the host.
+    of q, else by `plan`. Nothing is copied to the host, unless an int64 tensor on the GPU is to
+    be checked.
 
     Parameters
     ----------
@@ -50,8 +85,8 @@ class BatchMLAPagedAttentionWrapper:
     ------
     UnsupportedError
         Another backend.
-    DtypeError
-        ``use_cuda_graph`` without its buffers.
+    ShapeError, DtypeError, DeviceError, StrideError
+        ``use_cuda_graph`` without its buffers, or with others than these.
     """
 
     def __init__(
@@ -80,11 +115,13 @@ class BatchMLAPagedAttentionWrapper:
                 tensor = checks.require_tensor(name, buffer)
                 checks.require_dtype(name, tensor, torch.int32)
                 checks.require_device(name, tensor, self.device)
+                checks.require_shape(name, tensor, ["n"])
+                checks.require_dense(name, tensor, 4)
                 self._buffers[name] = tensor
         self._workspace = Workspace(self.device)
         self._plans: dict[tuple[int, ...], DevicePlan] = {}
         self._plan: DevicePlan | None = None
-        self._batch = 0
+        self._step: _Step | None = None
         self._is_planned = False  # for the present lengths
         self._has_run = False  # so that the plan knows the rows of q
 
@@ -104,7 +141,12 @@ class BatchMLAPagedAttentionWrapper:
         kv_data_type: torch.dtype,
         use_profiler: bool = False,
     ) -> None:
-        """Say what the next calls of `run` work on.
+        """Say what the next calls of `run` work on; all or, with an exception, nothing.
+
+        As FlashInfer, it copies the tensors, but for ``kv_indices`` that lie on the wrapper's
+        device: without ``use_cuda_graph`` these must stay as they are until the last `run`.
+        Tensors of int64 are accepted too, and their values checked, which waits for the GPU
+        where they lie there.
 
         Parameters
         ----------
@@ -113,7 +155,9 @@ class BatchMLAPagedAttentionWrapper:
         kv_indptr, kv_indices : Tensor
             ``[B + 1]`` and ``[>= kv_indptr[B]]`` int32: the pages of every request.
         kv_len_arr : Tensor
-            ``[B]`` int32 KV lengths, new tokens included.
+            ``[B]`` int32 KV lengths, new tokens included. Wrong ones, or wrong offsets, are
+            refused on the CPU; on the GPU they are planned as the nearest possible, and
+            lengths reported by a later call.
         num_heads : int
             Query heads, 1 to 128.
         head_dim_ckv, head_dim_kpe : int
@@ -131,8 +175,10 @@ class BatchMLAPagedAttentionWrapper:
 
         Raises
         ------
-        ShapeError, DtypeError, RangeError, UnsupportedError
+        ShapeError, DtypeError, DeviceError, RangeError, UnsupportedError
             An argument is wrong or not supported.
+        RangeError, MegakernelTimeout
+            An *earlier* call on this device failed.
         """
         if use_profiler:
             raise UnsupportedError("use_profiler: expected False, got True")
@@ -148,24 +194,26 @@ class BatchMLAPagedAttentionWrapper:
             )
         require_heads(num_heads, 1)
         checks.require_int("page_size", page_size, 1, 1 << 20)
-        batch = int(checks.require_tensor("kv_len_arr", kv_len_arr).shape[0])
-        checks.require_shape(
-            "qo_indptr", checks.require_tensor("qo_indptr", qo_indptr), [batch + 1]
+        _require_options(causal, sm_scale)
+        given = {
+            "qo_indptr": qo_indptr,
+            "kv_indptr": kv_indptr,
+            "kv_indices": kv_indices,
+            "kv_len_arr": kv_len_arr,
+        }
+        batch = self._require_lists(given)
+        taken = {name: self._taken(name, value) for name, value in given.items()}
+        step = _Step(
+            batch=batch,
+            num_heads=num_heads,
+            page_size=page_size,
+            room=self._room(taken["kv_indices"], page_size),
+            tokens=_require_values(taken, page_size) if self.device.type == "cpu" else 0,
+            causal=causal,
+            sm_scale=sm_scale,
+            dtype=q_data_type,
         )
-        checks.require_shape(
-            "kv_indptr", checks.require_tensor("kv_indptr", kv_indptr), [batch + 1]
-        )
-        checks.require_shape("kv_indices", checks.require_tensor("kv_indices", kv_indices), ["n"])
-        self._keep("qo_indptr", qo_indptr)
-        self._keep("kv_indptr", kv_indptr)
-        self._keep("kv_indices", kv_indices)
-        self._keep("kv_len_arr", kv_len_arr)
-        self._num_heads = num_heads
-        self._page_size = page_size
-        self._causal = causal
-        self._sm_scale = sm_scale
-        self._dtype = q_data_type
-        self._prepare(batch)
+        self._commit(step, taken)
 
     def run(
         self,
@@ -220,20 +268,27 @@ class BatchMLAPagedAttentionWrapper:
         ):
             if value is not None:
                 raise UnsupportedError(f"{name}: expected None, it belongs to another backend")
-        if self._plan is None:
+        step = self._step
+        if step is None:
             raise ScheduleError("run: expected plan() before it")
-        checks.require_shape("q_nope", q_nope, ["N", self._num_heads, LATENT_DIM])
-        checks.require_dtype("q_nope", q_nope, self._dtype)
-        checks.require_shape("ckv_cache", ckv_cache, ["pages", self._page_size, LATENT_DIM])
-        keys = int(ckv_cache.shape[0]) * self._page_size
+        self._require_part("q_nope", q_nope, ["N", step.num_heads, LATENT_DIM])
+        rows = int(q_nope.shape[0])
+        self._require_part("q_pe", q_pe, [rows, step.num_heads, ROPE_DIM])
+        self._require_part("ckv_cache", ckv_cache, ["pages", step.page_size, LATENT_DIM])
+        pages = int(ckv_cache.shape[0])
+        self._require_part("kpe_cache", kpe_cache, [pages, step.page_size, ROPE_DIM])
+        if rows < step.tokens:
+            raise ShapeError(
+                f"q_nope: expected at least the {step.tokens} rows of qo_indptr, got {rows}"
+            )
         made_out, made_lse = decode(
             (q_nope, q_pe),
             (ckv_cache, kpe_cache),
             None,
             None,
-            self._plan_for(int(q_nope.shape[0]), min(keys, self._room)),
-            self._sm_scale,
-            causal=self._causal,
+            self._plan_for(step, rows, min(pages * step.page_size, step.room)),
+            step.sm_scale,
+            causal=step.causal,
             cu_seqlens_q=self._buffers["qo_indptr"],
             kv_indptr=self._buffers["kv_indptr"],
             kv_indices=self._buffers["kv_indices"],
@@ -245,73 +300,199 @@ class BatchMLAPagedAttentionWrapper:
         )
         return (made_out, made_lse) if return_lse else made_out
 
-    def _keep(self, name: str, value: torch.Tensor) -> None:
-        """Take a step's tensor: copied into the buffer that a graph knows, or moved here."""
-        if not self._use_cuda_graph:
-            moved = value.to(device=self.device, dtype=torch.int32, non_blocking=True)
-            self._buffers[name] = moved.contiguous()
-            return
-        buffer = self._buffers[name]
-        count = int(value.shape[0])
-        fits = count <= buffer.shape[0] if name == "kv_indices" else count == buffer.shape[0]
-        if not fits:
+    def _require_part(self, name: str, value: object, shape: list[int | str]) -> None:
+        """Check a tensor of `run` by the name it has there."""
+        assert self._step is not None, "run checked it"
+        tensor = checks.require_tensor(name, value)
+        checks.require_shape(name, tensor, shape)
+        checks.require_dtype(name, tensor, self._step.dtype)
+        checks.require_device(name, tensor, self.device)
+
+    def _require_lists(self, given: dict[str, torch.Tensor]) -> int:
+        """Check the tensors of a step, their values on the GPU aside; how many requests."""
+        for name, value in given.items():
+            _require_integers(name, checks.require_tensor(name, value))
+        checks.require_shape("kv_len_arr", given["kv_len_arr"], ["B"])
+        batch = int(given["kv_len_arr"].shape[0])
+        if batch < 1:
+            raise ShapeError("kv_len_arr: expected at least 1 request, got shape [0]")
+        for name in ("qo_indptr", "kv_indptr"):
+            checks.require_shape(name, given[name], [batch + 1])
+        checks.require_shape("kv_indices", given["kv_indices"], ["n"])
+        if self._use_cuda_graph:
+            for name, value in given.items():
+                self._require_fits(name, int(value.shape[0]))
+        return batch
+
+    def _require_fits(self, name: str, count: int) -> None:
+        """Check that a tensor of a step fits into the buffer that a graph knows."""
+        room = int(self._buffers[name].shape[0])
+        if count > room or (count < room and name != "kv_indices"):
             raise ShapeError(
-                f"{name}: expected the {buffer.shape[0]} entries of the CUDA graph's buffer, got "
-                f"{count}"
+                f"{name}: expected the {room} entries of the CUDA graph's buffer, got {count}"
             )
-        buffer[:count].copy_(value, non_blocking=True)
 
-    def _prepare(self, batch: int) -> None:
-        """Buffers and scratch for a step, so that `run` allocates neither under capture."""
-        pages = max(int(self._buffers["kv_indices"].shape[0]), 1)
-        if not self._use_cuda_graph:
-            pages = 1 << (pages - 1).bit_length()  # steps of nearly the same size share a plan
-        self._batch = batch
-        self._room = min(pages * self._page_size, MAX_SEQ_LEN)
-        plan = self._allocated(batch * MAX_NEW_TOKENS)
+    def _taken(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A step's tensor on this device, a copy where FlashInfer makes one."""
+        on_gpu = self.device.type == "cuda"
+        own = name != "kv_indices"
+        if own and on_gpu and value.device.type == "cpu" and value.is_pinned():
+            # The caller may write there before the GPU has read it.
+            value = torch.empty_like(value, pin_memory=True).copy_(value)
+        return value.to(
+            self.device, torch.int32, non_blocking=on_gpu, copy=own and not self._use_cuda_graph
+        ).contiguous()
+
+    def _room(self, kv_indices: torch.Tensor, page_size: int) -> int:
+        """Keys that the pages of a step can hold, as the buffers of its plan count them."""
+        if self._use_cuda_graph:
+            pages = max(int(self._buffers["kv_indices"].shape[0]), 1)
+        else:  # steps of nearly the same size share a plan
+            pages = 1 << (max(int(kv_indices.shape[0]), 1) - 1).bit_length()
+        return min(pages * page_size, MAX_SEQ_LEN)
+
+    def _commit(self, step: _Step, taken: dict[str, torch.Tensor]) -> None:
+        """Make a step the present one. What can fail comes before what changes anything.
+
+        Buffers and scratch are allocated here, so that `run` allocates neither under capture.
+        """
+        plan = self._plan
+        if plan is None or not self._use_cuda_graph or not step.has_sizes_of(self._step):
+            plan = self._allocated(step, step.batch * MAX_NEW_TOKENS)
         self._workspace.views(plan.num_slots, MAX_ROWS)
-        same = plan is self._plan
-        self._plan = plan
-        self._is_planned = False
-        self._has_run = self._has_run and same
-        if self._use_cuda_graph and self._has_run:
-            self._update(plan)  # a graph captured after a warm-up holds no planning of its own
+        has_run = self._has_run and plan is self._plan
+        # A graph captured after a warm-up holds no planning of its own.
+        plans_now = self._use_cuda_graph and has_run and step.tokens <= plan.total_tokens
+        if plans_now:
+            _update(plan, taken, step.page_size)
+        if self._use_cuda_graph:
+            self._write_buffers(taken)
+        else:
+            self._buffers = taken
+        self._step, self._plan = step, plan
+        self._is_planned, self._has_run = plans_now, has_run
 
-    def _allocated(self, token_room: int) -> DevicePlan:
-        """The plan of this step's sizes with room for so many rows of q."""
-        key = (self._batch, self._num_heads, self._room, token_room)
+    def _write_buffers(self, taken: dict[str, torch.Tensor]) -> None:
+        with torch.inference_mode():  # where buffers made there can be written, too
+            for name, value in taken.items():
+                self._buffers[name][: value.shape[0]].copy_(value)
+
+    def _allocated(self, step: _Step, token_room: int) -> DevicePlan:
+        """The plan of a step's sizes with room for so many rows of q."""
+        key = (step.batch, step.num_heads, step.room, token_room)
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = DevicePlan(
-                self._batch,
-                self._num_heads,
+                step.batch,
+                step.num_heads,
                 MAX_NEW_TOKENS,
                 total_tokens=token_room,
-                max_seq_len=self._room,
+                max_seq_len=step.room,
                 ragged=True,
                 device=self.device,
             )
         return plan
 
-    def _plan_for(self, rows: int, keys: int) -> DevicePlan:
+    def _plan_for(self, step: _Step, rows: int, keys: int) -> DevicePlan:
         """This step's plan, made now unless it was for as many rows of q and keys."""
         plan = self._plan
         assert plan is not None, "run checked it"
-        if rows > self._batch * MAX_NEW_TOKENS:  # far more padding than requests
-            bigger = self._allocated(rows)
+        if rows > step.batch * MAX_NEW_TOKENS:  # far more padding than requests
+            bigger = self._allocated(step, rows)
             self._is_planned = self._is_planned and bigger is plan
             plan = self._plan = bigger
         if not self._is_planned or (plan.total_tokens, plan.max_seq_len) != (rows, keys):
+            self._is_planned = False  # should the update fail
             plan.rebind(rows, keys)
-            self._update(plan)
+            _update(plan, self._buffers, step.page_size)
+            self._is_planned = True
         self._has_run = True
         return plan
 
-    def _update(self, plan: DevicePlan) -> None:
-        plan.update(
-            self._buffers["kv_len_arr"],
-            self._buffers["qo_indptr"],
-            kv_indptr=self._buffers["kv_indptr"],
-            block_size=self._page_size,
+
+def _update(plan: DevicePlan, lists: dict[str, torch.Tensor], page_size: int) -> None:
+    plan.update(
+        lists["kv_len_arr"],
+        lists["qo_indptr"],
+        kv_indptr=lists["kv_indptr"],
+        block_size=page_size,
+    )
+
+
+def _require_options(causal: object, sm_scale: object) -> None:
+    if not isinstance(causal, bool):
+        raise DtypeError(f"causal: expected a bool, got {type(causal).__name__}")
+    if isinstance(sm_scale, bool) or not isinstance(sm_scale, float | int):
+        raise DtypeError(f"sm_scale: expected a float, got {type(sm_scale).__name__}")
+    if not (math.isfinite(sm_scale) and sm_scale > 0):
+        raise RangeError(f"sm_scale: expected a finite number above 0, got {sm_scale}")
+
+
+def _require_integers(name: str, value: torch.Tensor) -> None:
+    """Check that the values are int32, or int64 that fit."""
+    if value.is_meta:
+        raise DeviceError(f"{name}: expected a tensor with values, got one on device meta")
+    if value.dtype is torch.int32:
+        return
+    if value.dtype is not torch.int64:
+        raise DtypeError(f"{name}: expected torch.int32, got {value.dtype}")
+    if value.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedError(
+            f"{name}: expected torch.int32 while a CUDA graph is captured, got {value.dtype}"
         )
-        self._is_planned = True
+    if value.numel() == 0:
+        return
+    low, high = torch.stack(value.aminmax()).tolist()
+    if low < _INT32.min or high > _INT32.max:
+        wrong = low if low < _INT32.min else high
+        raise RangeError(f"{name}: expected values that fit into int32, got {wrong}")
+
+
+def _require_values(lists: dict[str, torch.Tensor], page_size: int) -> int:
+    """Check a step on the CPU; how many new tokens it has.
+
+    Raises
+    ------
+    UnsupportedError
+        A request has more than 16 new tokens.
+    RangeError
+        Offsets that are none, or a length beyond the request's pages.
+    """
+    tokens = _sizes("qo_indptr", lists["qo_indptr"])
+    if int(tokens.max()) > MAX_NEW_TOKENS:
+        request = int(tokens.argmax())
+        raise UnsupportedError(
+            f"qo_indptr: request {request}: expected at most {MAX_NEW_TOKENS} new tokens, got "
+            f"{tokens[request]}"
+        )
+    pages, listed = _sizes("kv_indptr", lists["kv_indptr"]), int(lists["kv_indices"].shape[0])
+    if int(pages.sum()) > listed:
+        raise RangeError(
+            f"kv_indptr: expected to end at {listed}, the entries of kv_indices, or below, got "
+            f"{pages.sum()}"
+        )
+    lengths = lists["kv_len_arr"].numpy()
+    limits = np.minimum(pages * page_size, MAX_SEQ_LEN)
+    bad = np.flatnonzero((lengths < 0) | (lengths > limits))
+    if bad.size:
+        request = int(bad[0])
+        raise RangeError(
+            f"kv_len_arr: request {request}: expected 0 to {limits[request]}, the keys of its "
+            f"pages, got {lengths[request]}"
+        )
+    return int(tokens.sum())
+
+
+def _sizes(name: str, offsets: torch.Tensor) -> npt.NDArray[np.int64]:
+    """Sizes ``[B]`` of the ranges between offsets ``[B + 1]``."""
+    values = offsets.numpy().astype(np.int64)
+    if values[0] != 0:
+        raise RangeError(f"{name}: expected to start with 0, got {values[0]}")
+    sizes: npt.NDArray[np.int64] = np.diff(values)
+    if int(sizes.min()) < 0:
+        request = int(sizes.argmin())
+        raise RangeError(
+            f"{name}: request {request}: expected offsets that do not fall, got "
+            f"{values[request]} and then {values[request + 1]}"
+        )
+    return sizes
