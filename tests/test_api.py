@@ -8,10 +8,12 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 import timeit
 import types
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,12 +33,14 @@ from mla_decode.errors import (
     QueueVersionError,
     RangeError,
     ScheduleError,
+    ShapeError,
     UnsupportedError,
 )
 from mla_decode.measure import decode_case
 from mla_decode.planning import PlanCache
 from mla_decode.reference import Case, attention, compare, make_case
 from mla_decode.words import Noop, Partial, Reduction, decode_queue, decode_words
+from mla_decode.workspace import cached_workspace
 
 from tests.support import Launch, pack, same_bits
 
@@ -463,6 +467,14 @@ def test_plan_refuses(options: dict[str, Any], message: str) -> None:
         ({"seq_lens": None}, "seq_lens: expected lengths, or a plan that holds them, got None"),
         ({"plan": "fast"}, "plan: expected a Plan or a DevicePlan, got str"),
         ({"stream": 1}, "stream: expected None for CPU tensors"),
+        ({"workspace": torch.empty(9)}, "workspace: expected a Workspace, got Tensor"),
+        ({"softmax_scale": [0.1]}, "softmax_scale: expected a float, got list"),
+        ({"softmax_scale": np.array(0.1)}, "softmax_scale: expected a float, got ndarray"),
+        ({"lse_base": [2]}, "lse_base: expected a float, got list"),
+        ({"lse_empty": np.array([1.0, 2.0])}, "lse_empty: expected a float, got ndarray"),
+        ({"lse_layout": ["th"]}, "lse_layout: expected a str or None, got list"),
+        ({"lse_layout": []}, "lse_layout: expected a str or None, got list"),
+        ({"causal": [True]}, "causal: expected a bool, got list"),
         ({"out": torch.zeros(5, 8, 512)}, "out: expected torch.bfloat16, got torch.float32"),
         ({"out": torch.zeros(4, 8, 512).bfloat16()}, "out: expected shape [5, 8, 512]"),
         ({"lse": torch.zeros(8, 5)}, "lse: expected shape [5, 8], got [8, 5]"),
@@ -481,6 +493,82 @@ def test_decode_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(MlaDecodeError, match=re.escape(message)):
         mla_decode.decode(**{**arguments, **change})
     mla_decode.decode(**arguments)
+
+
+def test_no_new_token_is_named() -> None:
+    case = make_case([130, 65], 8, 2)
+    with pytest.raises(ShapeError, match=r"q: expected at least 1 new token, got shape \[2, 0, 8"):
+        decode(replace(case, q=case.q[:, :0]))
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ({"causal": True}, {"causal": 1}, "causal: expected a bool, got int"),
+        ({"softmax_scale": 1.0}, {"softmax_scale": True}, "softmax_scale: expected a float"),
+        ({"causal": False}, {"causal": 0}, "causal: expected a bool, got int"),
+    ],
+)
+def test_what_equals_an_option_that_passed_is_checked(
+    good: dict[str, Any], bad: dict[str, Any], message: str
+) -> None:
+    case = make_case([130, 65], 8, 2)
+    for options in ({}, good, {}, good):
+        with pytest.raises(MlaDecodeError, match=message):
+            decode(case, **bad)
+        decode(case, **options)
+
+
+@pytest.mark.parametrize("call", (mla_decode.decode, mla_decode.interpret))
+@pytest.mark.parametrize("h_kv", (1, 2))
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"softmax_scale": -1.0}, "softmax_scale: expected a finite number above 0"),
+        ({"causal": 1}, "causal: expected a bool"),
+        ({"lse_base": 10.0}, "lse_base: expected math.e or 2"),
+        ({"attn_sink": torch.zeros(7)}, "attn_sink: expected shape [8], got [7]"),
+        ({"kv_cache": torch.zeros(9, 64, 576)}, "kv_cache: expected torch.bfloat16"),
+        ({"out": torch.zeros(5, 5)}, "out: expected shape [0, 8, 512], got [5, 5]"),
+        ({"out": torch.zeros(0, 8, 512)}, "out: expected torch.bfloat16, got torch.float32"),
+        ({"lse": torch.zeros(0, 8).double()}, "lse: expected torch.float32"),
+        ({"timings": torch.zeros(9, 7, dtype=torch.int32)}, "timings: expected shape"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_call_without_tokens_is_checked_as_any_other(
+    call: Any, h_kv: int, change: dict[str, Any], message: str
+) -> None:
+    if call is mla_decode.interpret and change.keys() & {"out", "lse"}:
+        pytest.skip("interpret makes its own")
+    case = make_case([130, 65], 8, [0, 0], h_kv=h_kv)
+    if "kv_cache" in change:
+        change = {"kv_cache": case.kv_cache.float()}
+    arguments = {
+        "q": case.q,
+        "kv_cache": case.kv_cache,
+        "block_table": case.block_table,
+        "seq_lens": case.seq_lens,
+        "cu_seqlens_q": case.cu_seqlens_q,
+    }
+    with pytest.raises(MlaDecodeError, match=re.escape(message)):
+        call(**{**arguments, **change})
+    out, lse = call(**arguments)
+    assert (out.shape, lse.shape) == ((0, 8, 512), (0, 8))
+
+
+@pytest.mark.parametrize("call", (mla_decode.decode, mla_decode.interpret))
+def test_offsets_on_the_host_must_be_the_plans(call: Any) -> None:
+    case = make_case([130, 65], 8, [1, 3])
+    arguments = (case.q, case.kv_cache, case.block_table, None)
+    for tokens in ([2, 2], [3, 1], 2):
+        plan = mla_decode.plan(case.seq_lens, 8, tokens)
+        with pytest.raises(ScheduleError, match=r"cu_seqlens_q: request 0: expected . new tokens"):
+            call(*arguments, plan, cu_seqlens_q=case.cu_seqlens_q)
+    padded = mla_decode.plan(case.seq_lens, 8, [1, 0], total_tokens=4)
+    with pytest.raises(ScheduleError, match=r"request 1: expected 0 new tokens, .* got 3"):
+        call(*arguments, padded, cu_seqlens_q=case.cu_seqlens_q)
+    call(*arguments, mla_decode.plan(case.seq_lens, 8, [1, 3]), cu_seqlens_q=case.cu_seqlens_q)
 
 
 def test_tokens_beyond_a_plans_are_refused() -> None:
@@ -514,6 +602,38 @@ def test_inputs_that_require_a_gradient_are_refused() -> None:
         decode(replace(case, q=learning))
     with torch.inference_mode():
         decode(case)
+
+
+def test_interpret_refuses_inputs_that_require_a_gradient_as_decode_does() -> None:
+    case = make_case([65], 8)
+    arguments = {"block_table": case.block_table, "seq_lens": case.seq_lens}
+    for name in ("q", "kv_cache"):
+        inputs = {"q": case.q, "kv_cache": case.kv_cache}
+        inputs[name] = inputs[name].clone().requires_grad_()
+        with pytest.raises(UnsupportedError, match=f"{name}: expected a tensor that requires no"):
+            mla_decode.interpret(**inputs, **arguments)
+        with torch.no_grad():
+            mla_decode.interpret(**inputs, **arguments)
+
+
+@pytest.mark.parametrize("h_kv", (1, 2))
+@pytest.mark.parametrize("call", (mla_decode.decode, mla_decode.interpret))
+def test_a_sink_that_learns_gets_no_graph(call: Any, h_kv: int) -> None:
+    case = make_case([3000, 65], 8, h_kv=h_kv)
+    arguments = (case.q, case.kv_cache, case.block_table, case.seq_lens)
+    workspace = mla_decode.Workspace("cpu")
+    sink = torch.nn.Parameter(torch.zeros(8))
+    got = call(*arguments, attn_sink=sink, workspace=workspace)
+    later = call(*arguments, workspace=workspace)
+    assert not any(tensor.requires_grad for tensor in (*got, *later))
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case([130, 65], 8)
+    expected = decode(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = decode(case)
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_default_softmax_scale_is_of_the_full_width() -> None:
@@ -917,6 +1037,49 @@ def test_calls_without_a_workspace_share_one() -> None:
     again = decode(case)[0]
     assert same_bits(first, again)
     mla_decode.release_workspaces()
+
+
+@pytest.mark.parametrize("mode", (torch.no_grad, torch.inference_mode))
+def test_first_calls_inside_of_inference_mode_hide_no_later_ones(mode: Any) -> None:
+    mla_decode.release_caches()
+    case, longer = make_case([130, 65], 8), make_case([9000, 700], 16, 4)
+    expected = attention(case)
+    with torch.inference_mode():
+        assert compare(*decode(case), *expected).passed
+    assert compare(*decode(case), *expected).passed
+    with mode():
+        decode(longer)  # the workspace grows
+    assert compare(*decode(case), *expected).passed
+    assert compare(*decode(longer), *attention(longer)).passed
+    mla_decode.release_caches()
+
+
+def test_threads_share_no_workspace() -> None:
+    device = torch.device("cpu")
+    mine = cached_workspace(device, 0)
+    both = threading.Barrier(2)
+
+    def get(_: int) -> mla_decode.Workspace:
+        both.wait()
+        assert cached_workspace(device, 0) is cached_workspace(device, 0)
+        return cached_workspace(device, 0)
+
+    with ThreadPoolExecutor(2) as pool:
+        others = list(pool.map(get, range(2)))
+    assert len({id(workspace) for workspace in (mine, *others)}) == 3
+    mla_decode.release_workspaces()
+    assert cached_workspace(device, 0) is not mine
+
+
+def test_threads_without_workspaces_decode_at_the_same_time() -> None:
+    cases = [make_case([700 + 300 * i, 64 + i], 16, 2, seed=i) for i in range(3)]
+    expected = [attention(case) for case in cases]
+
+    def work(i: int) -> bool:
+        return all(compare(*decode(cases[i]), *expected[i]).passed for _ in range(4))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(work, range(3)))
 
 
 def test_a_capture_on_a_new_stream_takes_the_spare_workspace(

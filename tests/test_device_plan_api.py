@@ -319,11 +319,40 @@ def test_plan_that_does_not_fit_the_call_is_refused() -> None:
         plan = DevicePlan(*sizes, max_seq_len=100, device="cpu")
         with pytest.raises(ScheduleError, match="plan: made for"):
             decode_case(case, plan)
-    too_long = DevicePlan(2, 8, 2, max_seq_len=1 << 20, device="cpu")
+    too_long = DevicePlan(2, 8, 2, max_seq_len=1 << 20, device="cpu").update(lengths_of(case))
     with pytest.raises(RangeError, match="plan: expected a max_seq_len of at most"):
         decode_case(case, too_long)
     with pytest.raises(UnsupportedError, match="expected an update before"):
         DevicePlan(2, 8, 2, max_seq_len=100, device="cpu").to_host()
+
+
+@pytest.mark.parametrize("call", (mla_decode.decode, mla_decode.interpret))
+def test_a_plan_without_an_update_is_refused(call: Any) -> None:
+    case = make_case([130, 65], 8, [1, 2])
+    plan = DevicePlan(2, 8, 2, total_tokens=3, max_seq_len=130, ragged=True, device="cpu")
+    arguments = (case.q, case.kv_cache, case.block_table, None, plan)
+    message = "plan: expected an update before decode"
+    with pytest.raises(ScheduleError, match=message):
+        call(*arguments, cu_seqlens_q=case.cu_seqlens_q)
+    with pytest.raises(RangeError, match="cu_seqlens_q: request 0: expected at most 2"):
+        plan.update(lengths_of(case), int32(0, 3, 3))  # which planned nothing
+    with pytest.raises(ScheduleError, match=message):
+        call(*arguments, cu_seqlens_q=case.cu_seqlens_q)
+    plan.update(lengths_of(case), case.cu_seqlens_q)
+    call(*arguments, cu_seqlens_q=case.cu_seqlens_q)
+
+
+def test_offsets_on_the_host_must_be_those_that_were_planned() -> None:
+    case = make_case([130, 65], 8, [1, 3])
+    plan = plan_of(case)
+    decode_case(case, plan)
+    other = make_case([130, 65], 8, [2, 2])
+    uniform = plan_of(make_case([130, 65], 8, 2))
+    for accepted, refused, made in ((case, other, plan), (other, case, uniform)):
+        decode_case(accepted, made)
+        with pytest.raises(ScheduleError, match=r"cu_seqlens_q: request 0: expected . new tokens"):
+            decode_case(refused, made)
+    decode_case(other, plan.update(lengths_of(other), other.cu_seqlens_q))
 
 
 def test_checked_lengths_must_be_the_plans() -> None:
@@ -388,6 +417,7 @@ def test_update_hands_the_planning_kernel_its_arguments(monkeypatch: pytest.Monk
     pointers = (lengths.data_ptr(), offsets.data_ptr(), indptr.data_ptr(), 64)
     sizes = (2, 2, 3, 5, 8, 100, plan.num_workers, 0, plan.cluster_ctas, plan.group_rows)
     assert seen == [(*pointers, *sizes, plan._cost, *words, 1, 7)]
+    assert plan.is_planned  # at once, also where a CUDA graph is captured
 
 
 def test_calls_with_tables_of_other_widths_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:

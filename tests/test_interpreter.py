@@ -334,6 +334,25 @@ def test_infinite_sinks_give_zero_or_nothing(tiles: int) -> None:
     assert launch.errors().passed
 
 
+def test_a_launch_builds_no_graph() -> None:
+    case = make_case([130, 65], 8)
+    sink = torch.nn.Parameter(torch.zeros(8))
+    launch = run_cut(replace(case, attn_sink=sink))
+    expected = run_cut(replace(case, attn_sink=sink.detach()))
+    assert not launch.o.requires_grad
+    assert not launch.o_scratch.requires_grad
+    assert same_bits(launch.o, expected.o)
+
+
+def test_autocast_changes_nothing() -> None:
+    case = make_case([130, 65], 8)
+    expected = run_cut(case)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        launch = run_cut(case)
+    assert same_bits(launch.o, expected.o)
+    assert same_bits(launch.lse, expected.lse)
+
+
 # Fills
 
 

@@ -11,6 +11,7 @@ import torch
 from mla_decode.errors import (
     DeviceError,
     DtypeError,
+    MlaDecodeError,
     RangeError,
     ShapeError,
     UnsupportedError,
@@ -153,6 +154,26 @@ def test_results_are_written_into_the_buffers_given() -> None:
     assert got[1] is lse
     assert torch.equal(out, expected[0])
     assert torch.equal(lse, expected[1])
+
+
+@pytest.mark.parametrize("name", ["out", "lse"])
+def test_a_wrong_buffer_leaves_the_other_as_it_was(name: str) -> None:
+    outs, lses, *_ = make_states([3, 4], (5, H))
+    wrong = {"out": outs[0, :2], "lse": lses[0, :1].expand(5, H)}
+    buffers = {"out": torch.full_like(outs[0], 7), "lse": torch.full_like(lses[0], 7)}
+    with pytest.raises(MlaDecodeError, match=f"{name}: "):
+        merge_states(outs, lses, **{**buffers, name: wrong[name]})
+    assert all(bool((buffer == 7).all()) for buffer in buffers.values())
+
+
+def test_a_sink_that_learns_gets_no_graph() -> None:
+    outs, lses, *_ = make_states([3, 4], (5, H))
+    sink = torch.nn.Parameter(torch.zeros(H, dtype=torch.float32))
+    buffer = torch.empty_like(outs[0])
+    merge_states(outs, lses, attn_sink=sink, out=buffer)
+    got = merge_states(outs, lses, attn_sink=sink)
+    assert not any(tensor.requires_grad for tensor in (buffer, *got))
+    assert torch.equal(got[0], merge_states(outs, lses, attn_sink=sink.detach())[0])
 
 
 @pytest.mark.parametrize("padded", [False, True])

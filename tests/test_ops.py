@@ -9,7 +9,14 @@ from typing import Any
 import mla_decode
 import pytest
 import torch
-from mla_decode.errors import DtypeError, ShapeError, UnsupportedError
+from mla_decode.errors import (
+    DtypeError,
+    MlaDecodeError,
+    RangeError,
+    ScheduleError,
+    ShapeError,
+    UnsupportedError,
+)
 from mla_decode.reference import Case, attention, compare, make_case
 
 from tests.support import same_bits
@@ -219,6 +226,61 @@ def test_arguments_that_an_op_cannot_take_are_refused() -> None:
         function(case.q, lengths_of(case))
 
 
+def device_plan(*lengths: int, max_seq_len: int = 100, update: bool = True) -> Any:
+    made = mla_decode.DevicePlan(len(lengths), 8, 2, max_seq_len=max_seq_len, device="cpu")
+    return made.update(torch.tensor(lengths, dtype=torch.int32)) if update else made
+
+
+@pytest.mark.parametrize(
+    ("plan", "seq_lens", "error", "message"),
+    [
+        (lambda: mla_decode.plan([130], 8, 2), None, ScheduleError, "made for 1 requests"),
+        (lambda: mla_decode.plan([130, 65], 8), None, ScheduleError, "made for 1 new tokens"),
+        (lambda: mla_decode.plan([130, 65], 16, 2), None, ScheduleError, "made for 16 num_heads"),
+        (lambda: mla_decode.plan([130, 999], 8, 2), None, RangeError, "seq_lens: expected at most"),
+        (lambda: mla_decode.plan([130, 65], 8, 2), [130, 66], ScheduleError, "plan: made for"),
+        (lambda: device_plan(9), None, ScheduleError, "made for 1 requests"),
+        (lambda: device_plan(5, 6, max_seq_len=999), None, RangeError, "plan: expected a max_seq"),
+        (lambda: device_plan(5, 6, update=False), None, ScheduleError, "expected an update"),
+    ],
+)
+def test_plans_that_do_not_fit_are_refused_when_compiling(
+    plan: Callable[[], Any], seq_lens: Any, error: type[MlaDecodeError], message: str
+) -> None:
+    case = make_case([130, 65], 8, 2)
+    made = plan()
+    made.to("cpu")
+    function = around(case, plan=made)
+    with pytest.raises(Exception, match=message):
+        compiled(function)(case.q, seq_lens)
+    torch._dynamo.reset()
+    with pytest.raises(error, match=message):
+        torch.compile(function, backend="aot_eager")(case.q, seq_lens)
+
+
+@pytest.mark.parametrize("seq_lens", (None, [130, 65]))
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_a_plan_that_nothing_asked_before_compiles(seq_lens: Any, dynamic: bool) -> None:
+    case = make_case([130, 65], 8, 2)
+    made = mla_decode.plan(case.seq_lens, 8, 2)
+    made.to("cpu")
+    torch._dynamo.reset()
+    function = torch.compile(
+        around(case, plan=made, softmax_scale=case.softmax_scale),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend="aot_eager",
+    )
+    out, lse = function(case.q, seq_lens)
+    assert compare(out / 2, lse, *attention(case)).passed
+
+
+def test_compiled_code_without_lengths_is_refused() -> None:
+    case = make_case([65], 8)
+    with pytest.raises(Exception, match="seq_lens: expected lengths, or a plan that holds them"):
+        compiled(around(case))(case.q, None)
+
+
 @pytest.mark.parametrize("name", ("decode", "decode_out"))
 def test_gradients_are_refused(name: str) -> None:
     case = make_case([65], 8)
@@ -247,6 +309,18 @@ def test_fake_tensors_get_the_shapes_of_real_ones(form: dict[str, Any]) -> None:
             fake = OPS.decode(*fake_inputs, **options, lse_layout=layout)
         for a, b in zip(real, fake, strict=True):
             assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+
+
+@pytest.mark.parametrize("total_tokens", (0, 1, 7))
+def test_fake_plans_have_the_rows_of_real_ones(total_tokens: int) -> None:
+    lengths = torch.tensor([100, 200], dtype=torch.int32)
+    offsets = torch.tensor([0, 0, min(total_tokens, 1)], dtype=torch.int32)
+    options: dict[str, Any] = {"total_tokens": total_tokens, "max_seq_len": 256}
+    real = OPS.plan(lengths, 16, 4, cu_seqlens_q=offsets, **options)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake_offsets = mode.from_tensor(offsets)
+        fake = OPS.plan(mode.from_tensor(lengths), 16, 4, cu_seqlens_q=fake_offsets, **options)
+    assert real.shape == fake.shape
 
 
 def test_ragged_plans_need_their_rows() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -133,6 +133,7 @@ def make_call(inputs: Inputs, options: Options) -> Call:
     ShapeError, DtypeError, DeviceError, RangeError, UnsupportedError
         Naming the argument, what was expected and what came.
     """
+    _check_lse_options(options)
     q_nope, _ = _checked_q(inputs)
     blocks, block_size, num_kv_heads = _checked_cache(inputs.kv_cache)
     ragged = inputs.cu_seqlens_q is not None
@@ -144,6 +145,8 @@ def make_call(inputs: Inputs, options: Options) -> Call:
             f"q: expected a multiple of {num_kv_heads} heads, the KV heads of kv_cache, got "
             f"{num_heads}"
         )
+    if s_q == 0 and not ragged:
+        raise ShapeError(f"q: expected at least 1 new token, got shape {list(q_nope.shape)}")
     require_supported_query(num_heads // num_kv_heads, s_q or 1)
     require_supported_block_size("kv_cache", block_size)
     batch = _checked_requests(inputs, None if ragged else int(q_nope.shape[0]))
@@ -239,6 +242,34 @@ def kernel_arguments(
     )
 
 
+def check(call: Call, arguments: KernelArguments) -> None:
+    """Check everything but values, by the caller's names.
+
+    Raises
+    ------
+    ShapeError, DtypeError, DeviceError, StrideError, AlignmentError, RangeError, UnsupportedError
+        Naming the argument, what was expected and what came.
+    """
+    if call.total_tokens == 0:  # which is no launch; all else is checked as for one token
+        arguments = _with_one_token(arguments)
+    arguments.check(call.names)
+
+
+def _with_one_token(arguments: KernelArguments) -> KernelArguments:
+    """The same with new queries and outputs, of one token."""
+
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty(arguments.h_kv, *tensor.shape[1:])
+
+    return replace(
+        arguments,
+        q_nope=like(arguments.q_nope),
+        q_pe=like(arguments.q_pe),
+        out=like(arguments.out),
+        lse=None if arguments.lse is None else like(arguments.lse),
+    )
+
+
 def write_back(
     call: Call, arguments: KernelArguments, out: torch.Tensor, lse: torch.Tensor
 ) -> None:
@@ -288,6 +319,17 @@ def _is_mergeable(part: torch.Tensor) -> bool:
             return False
         stride = part.stride(dim) * part.shape[dim]
     return True
+
+
+def _check_lse_options(options: Options) -> None:
+    """Check the types of what is looked up; the numbers are checked with the tensors."""
+    for name in ("lse_base", "lse_empty"):
+        value = getattr(options, name)
+        if isinstance(value, bool) or not isinstance(value, float | int):
+            raise DtypeError(f"{name}: expected a float, got {type(value).__name__}")
+    order = options.lse_layout
+    if order is not None and not isinstance(order, str):
+        raise DtypeError(f"lse_layout: expected a str or None, got {type(order).__name__}")
 
 
 def _checked_q(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -393,7 +435,7 @@ def _lse(
     wanted: str | None, flat: bool, batch: int, s_q: int, total: int, heads: int
 ) -> tuple[str, tuple[int, ...]]:
     """Order of the dimensions of lse, and its shape."""
-    order = wanted or ("th" if flat else "bhs")
+    order = ("th" if flat else "bhs") if wanted is None else wanted
     if order not in LSE_LAYOUTS:
         raise RangeError(f"lse_layout: expected one of {LSE_LAYOUTS}, got {wanted!r}")
     if order == "th":

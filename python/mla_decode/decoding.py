@@ -14,7 +14,14 @@ import torch
 from . import calls, checks, interpreter, native, raw
 from .calls import DEFAULT_SOFTMAX_SCALE, Call, Inputs, Launch, Options, TensorOrPair
 from .device_plan import DevicePlan, PlannedWords
-from .errors import DeviceError, DtypeError, RangeError, ShapeError, UnsupportedError
+from .errors import (
+    DeviceError,
+    DtypeError,
+    RangeError,
+    ScheduleError,
+    ShapeError,
+    UnsupportedError,
+)
 from .lengths import MAX_SEQ_LEN, SeqLens, host_seq_lens, tokens_from_offsets
 from .planning import Plan, PlanCache
 from .queue_check import check_words
@@ -133,8 +140,8 @@ def decode(
         ``[num_instructions, 8]`` int32, see `mla_decode.mla_decode`; selects the slower
         kernel that records them.
     workspace : Workspace, optional
-        Scratch of the caller's own; by default one per device and stream, kept. CUDA graphs
-        that may be replayed at the same time need different ones.
+        Scratch of the caller's own; by default one per device and stream, on the CPU one per
+        thread, kept. CUDA graphs that may be replayed at the same time need different ones.
     check_block_table : bool
         Check the block ids inside each request's length (waits for the GPU).
     check_seq_lens : bool
@@ -161,7 +168,8 @@ def decode(
         An argument is wrong; named with what was expected. Nothing was launched. A RangeError
         may also be that of a length on the GPU in an *earlier* call.
     ScheduleError
-        The plan was made for another batch.
+        The plan was made for another batch, or is a `mla_decode.DevicePlan` without an update.
+        That ``cu_seqlens_q`` on a GPU is what was planned is not looked at.
     UnsupportedError
         Sizes that the kernels do not support, an input that requires a gradient, or no GPU
         that can run them.
@@ -209,8 +217,13 @@ def decode(
         ),
         None,
     )
-    key = (layouts, softmax_scale, causal, lse_base, lse_empty, lse_layout)
-    call = _calls.get(key)
+    # The types, because True is 1.
+    kinds = (type(softmax_scale), type(causal))
+    key = (layouts, kinds, softmax_scale, causal, lse_base, lse_empty, lse_layout)
+    try:
+        call = _calls.get(key)
+    except TypeError:  # one of them has no hash, and so is none of what the checks let through
+        call = None
     inputs = None
     if call is None:
         inputs = Inputs(q, kv_cache, block_table, cu_seqlens_q, kv_indptr, kv_indices, attn_sink)
@@ -233,8 +246,10 @@ def decode(
         _require_lengths(plan, seq_lens, call.batch, check_seq_lens)
     if workspace is None:
         views = _own_views(call.device, handle, plan.num_slots, plan.slot_rows)
-    else:
+    elif isinstance(workspace, Workspace):
         views = workspace.views(plan.num_slots, plan.slot_rows)
+    else:
+        raise _no_workspace(workspace)
     launch = call.launch
     if (
         launch is None
@@ -244,7 +259,7 @@ def decode(
         or timings is not None
         or check_block_table
     ):
-        _require_plan(call, plan)
+        _require_plan(call, plan, cu_seqlens_q)
         if workspace is not None:
             workspace.require_device(call.device)
         if check_block_table:
@@ -309,24 +324,28 @@ def interpret(
     call = calls.make_call(inputs, Options(scale, causal, lse_base, lse_empty, lse_layout))
     if call.device.type != "cpu":
         raise DeviceError(f"q: expected device cpu, got {call.device}")
+    if torch.is_grad_enabled():
+        _refuse_gradients(q, kv_cache)
     if plan is None:
         plan = _own_plan(call, seq_lens, cu_seqlens_q, kv_indptr, batch_invariant, 0)
     elif not isinstance(plan, _PLANS):
         raise DtypeError(f"plan: expected a Plan or a DevicePlan, got {type(plan).__name__}")
     elif seq_lens is not None:
         _require_lengths(plan, seq_lens, call.batch, check=True)
-    _require_plan(call, plan)
+    _require_plan(call, plan, cu_seqlens_q)
     if workspace is None:
         workspace = Workspace("cpu", plan.num_slots, plan.slot_rows)
         workspace.poison()
+    elif not isinstance(workspace, Workspace):
+        raise _no_workspace(workspace)
     workspace.require_device(call.device)
     views = workspace.views(plan.num_slots, plan.slot_rows)
     out, lse = call.outputs(None, None)
-    if call.total_tokens == 0:
-        return out, lse
     words = plan.to(call.device)
     arguments = calls.kernel_arguments(call, inputs, words, views, out, lse, timings)
-    arguments.check(call.names)
+    calls.check(call, arguments)
+    if call.total_tokens == 0:
+        return out, lse
     check_words(arguments.instructions.numpy(), arguments.limits())
     interpreter.run(arguments, num_workers=num_workers, seed=seed)
     calls.write_back(call, arguments, out, lse)
@@ -494,12 +513,12 @@ def _run_checked(
     spin_timeout_ns: int,
 ) -> None:
     """Check everything, then launch or interpret; the next launch of its kind is `_launch`."""
-    if call.total_tokens == 0:
-        return
     words = plan.to(call.device)
     arguments = calls.kernel_arguments(call, inputs, words, views, out, lse, timings)
     on_gpu = call.device.type == "cuda"
-    arguments.check(call.names)
+    calls.check(call, arguments)
+    if call.total_tokens == 0:
+        return
     raw.run_checked(
         arguments,
         handle if on_gpu else None,
@@ -630,10 +649,26 @@ def _require_lengths(plan: AnyPlan, seq_lens: SeqLens, batch: int, check: bool) 
     plan.require_seq_lens(lengths)
 
 
-def _require_plan(call: Call, plan: AnyPlan) -> None:
+def _require_plan(call: Call, plan: AnyPlan, cu_seqlens_q: torch.Tensor | None) -> None:
     """Check that the plan was made for a call of these sizes, and fits its block ids."""
     plan.require_fits(*call.fit_key)
     plan.require_capacity(call.capacity, call.capacity_text)
+    if cu_seqlens_q is not None and cu_seqlens_q.device.type == "cpu":
+        _require_tokens(plan, tokens_from_offsets(cu_seqlens_q, call.batch))
+
+
+def _require_tokens(plan: AnyPlan, tokens: tuple[int, ...]) -> None:
+    """Check the new tokens of every request against the plan's, where these are known."""
+    for request, (want, have) in enumerate(zip(plan.tokens or (), tokens, strict=False)):
+        if want != have:
+            raise ScheduleError(
+                f"cu_seqlens_q: request {request}: expected {want} new tokens, for which the plan "
+                f"was made, got {have}"
+            )
+
+
+def _no_workspace(value: object) -> DtypeError:
+    return DtypeError(f"workspace: expected a Workspace, got {type(value).__name__}")
 
 
 def _check_block_ids(

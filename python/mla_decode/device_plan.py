@@ -14,6 +14,7 @@ from .errors import (
     DeviceError,
     DtypeError,
     RangeError,
+    ScheduleError,
     ShapeError,
     UnsupportedError,
     schedule_errors,
@@ -96,6 +97,10 @@ class DevicePlan:
         Rows of every row group but a request's last: 64, 32 or 16.
     num_workers : int
         SMs that it is balanced for: with clusters those that are in one.
+    is_planned : bool
+        Whether there was an `update`.
+    tokens : tuple of int or None
+        On the CPU: new tokens of every request, as the last `update` planned them.
 
     Raises
     ------
@@ -173,6 +178,8 @@ class DevicePlan:
             self.header = torch.zeros(HEADER_WORDS, dtype=torch.int32, device=self.device)
         self._queue = native.Queue(self.instructions.data_ptr(), capacity, is_constant=False)
         self._header_ptr = self.header.data_ptr()
+        self.is_planned = False
+        self.tokens: tuple[int, ...] | None = None
         self._seq_lens: torch.Tensor | None = None
         self._cu_seqlens_q: torch.Tensor | None = None
         self._kv_indptr: torch.Tensor | None = None
@@ -259,6 +266,7 @@ class DevicePlan:
         if self._index >= 0:
             native.raise_pending_on(self._index)
             self._enqueue(native.stream_handle(stream, self.device))
+            self.is_planned = True
             return self
         if stream is not None:
             raise DeviceError("stream: expected None for a plan on the CPU")
@@ -301,7 +309,7 @@ class DevicePlan:
         UnsupportedError
             Nothing was planned yet, or a CUDA graph is being captured.
         """
-        if self._seq_lens is None:
+        if not self.is_planned or self._seq_lens is None:
             raise UnsupportedError("DevicePlan: expected an update before to_host")
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
@@ -374,6 +382,8 @@ class DevicePlan:
     ) -> None:
         """Check that the plan was made for a call of these sizes, as `Plan.require_fits`."""
         require_fits(self.fit_key, (batch, s_q, total_tokens, num_heads, num_kv_heads))
+        if not self.is_planned:
+            raise ScheduleError("plan: expected an update before decode, got a DevicePlan without")
 
     def require_seq_lens(self, seq_lens: npt.NDArray[np.int32]) -> None:
         """Check that the plan's lengths are these; waits for the device."""
@@ -452,6 +462,7 @@ class DevicePlan:
 
     def _update_on_cpu(self, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor | None) -> None:
         lengths, limits = seq_lens.detach().numpy(), self._limits()
+        counts: tuple[int, ...] = (self.new_tokens,) * self.num_requests
         if cu_seqlens_q is not None:
             counts = tokens_from_offsets(cu_seqlens_q, self.num_requests)
             self._require_tokens(np.asarray(counts, dtype=np.int32))
@@ -472,6 +483,7 @@ class DevicePlan:
             instructions=self.instructions.numpy(),
             header=header,
         )
+        self.is_planned, self.tokens = True, counts
         bad = np.flatnonzero((lengths < 0) | (lengths > limits))
         header[HEADER_BAD_LENGTHS] = bad.size
         if bad.size:
@@ -553,6 +565,7 @@ class PlannedWords:
     """
 
     max_seq_len = 0  # nothing to compare with the call's block ids
+    tokens: tuple[int, ...] | None = None  # nor with its offsets
 
     def __init__(
         self,

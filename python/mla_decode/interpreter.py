@@ -98,7 +98,7 @@ def run(
     Returns
     -------
     Run
-        Who executed what, and in which order.
+        Who executed what, and in which order. What was written has no gradient.
 
     Raises
     ------
@@ -111,7 +111,7 @@ def run(
     if arguments.device.type != "cpu":
         raise DeviceError(f"interpreter: expected CPU tensors, got {arguments.device}")
     checks.require_int("num_workers", num_workers, 1, 1 << 16)
-    with _one_thread():
+    with _one_thread(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         return _Interpreter(arguments, num_workers, seed).run()
 
 

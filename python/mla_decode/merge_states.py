@@ -79,10 +79,16 @@ def merge_states(
     """
     stacked_outs, stacked_lses = _stacked("outs", outs), _stacked("lses", lses)
     _check(stacked_outs, stacked_lses, lse_base, lse_empty, attn_sink)
+    _check_buffer("out", out, stacked_outs.shape[1:], stacked_outs)
+    _check_buffer("lse", lse, stacked_lses.shape[1:], stacked_lses)
+    attn_sink = None if attn_sink is None else attn_sink.detach()
     # The registered op is opaque to torch.compile, and costs more than it does without it.
     merge = torch.ops.mla_decode.merge_states if torch.compiler.is_compiling() else _merge
     merged_out, merged_lse = merge(stacked_outs, stacked_lses, lse_base, lse_empty, attn_sink)
-    return copied_into("out", out, merged_out), copied_into("lse", lse, merged_lse)
+    return (
+        merged_out if out is None else out.copy_(merged_out),
+        merged_lse if lse is None else lse.copy_(merged_lse),
+    )
 
 
 def _merge(
@@ -180,10 +186,18 @@ def _check(
 
 def copied_into(name: str, buffer: torch.Tensor | None, value: torch.Tensor) -> torch.Tensor:
     """``value``, or ``buffer`` with it, checked for shape, dtype and device."""
+    _check_buffer(name, buffer, value.shape, value)
+    return value if buffer is None else buffer.copy_(value)
+
+
+def _check_buffer(
+    name: str, buffer: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor
+) -> None:
+    """Check shape, dtype and device, the last two those of ``like``; and None is no buffer."""
     if buffer is None:
-        return value
+        return
     target = checks.require_tensor(name, buffer)
-    checks.require_shape(name, target, list(value.shape))
-    checks.require_dtype(name, target, value.dtype)
-    checks.require_device(name, target, value.device)
-    return target.copy_(value)
+    checks.require_shape(name, target, list(shape))
+    checks.require_dtype(name, target, like.dtype)
+    checks.require_device(name, target, like.device)
+    checks.require_no_overlap(name, target)

@@ -24,7 +24,7 @@ import torch
 from . import decoding, native
 from .calls import TensorOrPair
 from .device_plan import DevicePlan, PlannedWords, device_plan_capacity
-from .errors import DtypeError, ShapeError, UnsupportedError
+from .errors import DtypeError, ScheduleError, ShapeError, UnsupportedError
 from .lengths import MAX_SEQ_LEN, SeqLens
 from .planning import BATCH_INVARIANT_TILES, DEFAULT_NUM_WORKERS, Plan, require_heads
 from .words import INSTRUCTION_WORDS, LATENT_DIM, MAX_NEW_TOKENS, MAX_ROWS
@@ -197,7 +197,7 @@ def _fake_plan(
     del kv_indptr, block_size
     _require_total_tokens(cu_seqlens_q, total_tokens)
     s_q = new_tokens if cu_seqlens_q is None else 0
-    total = int(total_tokens or seq_lens.shape[0] * new_tokens)
+    total = int(seq_lens.shape[0]) * new_tokens if total_tokens is None else int(total_tokens)
     sizes = (int(seq_lens.shape[0]), s_q, total, int(num_heads), int(num_kv_heads))
     workers = _num_workers(seq_lens.device)
     rows, _ = _room(sizes, int(max_seq_len), workers, batch_invariant)
@@ -313,6 +313,9 @@ def traced_decode(
     ------
     UnsupportedError
         An argument that an op cannot take.
+    ScheduleError, RangeError
+        The plan was made for another batch, other lengths in a list, or more keys than the block
+        ids can name. Lengths in a tensor beside a plan are not looked at.
     """
     for name, value in unsupported.items():
         if value is not None:
@@ -323,9 +326,12 @@ def traced_decode(
     latent, k_pe = kv_cache if isinstance(kv_cache, tuple) else (kv_cache, None)
     words = slots = workers = cluster_ctas = group_rows = None
     if plan is not None:
+        _require_traced_plan(plan, seq_lens, q_wide, latent, block_table, options["cu_seqlens_q"])
         words = plan.instructions if isinstance(plan, DevicePlan) else plan.to(q_wide.device)
         slots, workers = plan.num_slots, plan.num_workers
         cluster_ctas, group_rows = plan.cluster_ctas, plan.group_rows
+    elif seq_lens is None:
+        raise DtypeError("seq_lens: expected lengths, or a plan that holds them, got None")
     elif not isinstance(seq_lens, torch.Tensor):
         seq_lens = torch.as_tensor(seq_lens, dtype=torch.int32, device=q_wide.device)
     arguments: tuple[Any, ...] = (
@@ -356,3 +362,19 @@ def traced_decode(
     lse = new_lse if lse is None else lse
     torch.ops.mla_decode.decode_out(*arguments, **options, out=out, lse=lse)
     return out, lse
+
+
+def _require_traced_plan(
+    plan: Plan | DevicePlan | PlannedWords,
+    seq_lens: SeqLens | None,
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+) -> None:
+    """Check what the sizes alone say of a plan, as a call that is not compiled does."""
+    plan.require_fits(*_call_sizes(q, kv_cache, cu_seqlens_q))
+    plan.require_capacity(_capacity(kv_cache, block_table), "what the block ids can name")
+    given = list(seq_lens) if isinstance(seq_lens, list | tuple) else None
+    if isinstance(plan, Plan) and given is not None and not plan.holds(given):
+        raise ScheduleError("plan: made for other lengths than the ints in seq_lens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +57,13 @@ class Workspace:
         # An empty tensor resolves "cuda" to the current device.
         self.device = torch.empty(0, device=device).device
         self._refuse_capture()
-        self._queue_state = torch.zeros(QUEUE_STATE_WORDS, dtype=torch.int32, device=self.device)
-        self._o = torch.empty(0, dtype=torch.float32, device=self.device)
-        self._lvec = torch.empty(0, dtype=torch.float32, device=self.device)
-        self._flags = torch.empty(0, dtype=torch.int32, device=self.device)
+        with torch.inference_mode(False):  # so that later launches may come from outside of it
+            self._queue_state = torch.zeros(
+                QUEUE_STATE_WORDS, dtype=torch.int32, device=self.device
+            )
+            self._o = torch.empty(0, dtype=torch.float32, device=self.device)
+            self._lvec = torch.empty(0, dtype=torch.float32, device=self.device)
+            self._flags = torch.empty(0, dtype=torch.int32, device=self.device)
         self._outgrown: list[torch.Tensor] = []
         self._views: dict[tuple[int, int], WorkspaceViews] = {}
         self.views(num_slots, slot_rows)
@@ -114,7 +118,8 @@ class Workspace:
         self._views.clear()  # of the smaller buffers
         size = max(numel, 2 * buffer.numel())  # doubling bounds what is outgrown by what is used
         make = torch.zeros if zero else torch.empty
-        grown = make(size, dtype=buffer.dtype, device=buffer.device)
+        with torch.inference_mode(False):  # as in __init__
+            grown = make(size, dtype=buffer.dtype, device=buffer.device)
         if zero and self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # zeroed for every stream
         return grown
@@ -131,14 +136,34 @@ class Workspace:
 _cached: dict[tuple[torch.device, int], Workspace] = {}
 
 
+class _OfThread(threading.local):
+    """What the CPU has instead of streams; goes with the thread."""
+
+    workspace: Workspace | None = None
+
+
+_of_thread = _OfThread()
+
+
 def cached_workspace(device: torch.device, stream: int) -> Workspace:
-    """The workspace that `mla_decode.decode` uses on a stream when given none."""
+    """The workspace that `mla_decode.decode` uses on a stream, or a CPU thread, given none."""
     key = (device, stream)
     if key not in _cached:
+        if device.type == "cpu":
+            return _own_workspace(device)
         _cached[key] = Workspace(device)
     return _cached[key]
 
 
+def _own_workspace(device: torch.device) -> Workspace:
+    """That of this thread."""
+    if _of_thread.workspace is None:
+        _of_thread.workspace = Workspace(device)
+    return _of_thread.workspace
+
+
 def release_workspaces() -> None:
     """Forget the cached workspaces. No captured graph that used one may be replayed after."""
+    global _of_thread
     _cached.clear()
+    _of_thread = _OfThread()  # of all threads
