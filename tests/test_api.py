@@ -12,6 +12,7 @@ import threading
 import timeit
 import types
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -442,6 +443,16 @@ def test_plan_refuses(options: dict[str, Any], message: str) -> None:
         mla_decode.plan(**{"seq_lens": [5, 6], "num_heads": 8, **options})
 
 
+def ragged_arguments(case: Case) -> dict[str, Any]:
+    return {
+        "q": case.q,
+        "kv_cache": case.kv_cache,
+        "block_table": case.block_table,
+        "seq_lens": case.seq_lens,
+        "cu_seqlens_q": case.cu_seqlens_q,
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -483,13 +494,7 @@ def test_plan_refuses(options: dict[str, Any], message: str) -> None:
 )
 def test_decode_refuses(change: dict[str, Any], message: str) -> None:
     case = make_case([130, 65], 8, [2, 3])
-    arguments = {
-        "q": case.q,
-        "kv_cache": case.kv_cache,
-        "block_table": case.block_table,
-        "seq_lens": case.seq_lens,
-        "cu_seqlens_q": case.cu_seqlens_q,
-    }
+    arguments = ragged_arguments(case)
     with pytest.raises(MlaDecodeError, match=re.escape(message)):
         mla_decode.decode(**{**arguments, **change})
     mla_decode.decode(**arguments)
@@ -544,13 +549,7 @@ def test_a_call_without_tokens_is_checked_as_any_other(
     case = make_case([130, 65], 8, [0, 0], h_kv=h_kv)
     if "kv_cache" in change:
         change = {"kv_cache": case.kv_cache.float()}
-    arguments = {
-        "q": case.q,
-        "kv_cache": case.kv_cache,
-        "block_table": case.block_table,
-        "seq_lens": case.seq_lens,
-        "cu_seqlens_q": case.cu_seqlens_q,
-    }
+    arguments = ragged_arguments(case)
     with pytest.raises(MlaDecodeError, match=re.escape(message)):
         call(**{**arguments, **change})
     out, lse = call(**arguments)
@@ -1213,3 +1212,16 @@ def test_package_works_without_the_cuda_extension() -> None:
 def test_every_planned_queue_passes_the_word_check(plan: mla_decode.Plan) -> None:
     limits = queue_check.QueueLimits(3, 16, 32, 3008, 6, plan.num_slots, plan.slot_rows)
     queue_check.check_words(plan.instructions, limits)
+
+
+def test_a_plan_that_another_thread_evicts_is_found_all_the_same() -> None:
+    class Evicting(OrderedDict[Any, Any]):
+        def get(self, key: Any, default: Any = None) -> Any:
+            return self.pop(key, default)
+
+    cache = PlanCache()
+    cache._plans = Evicting()
+    made, again = (
+        cache.get(np.array([64], dtype=np.int32), 8, 1, 4, torch.device("cpu")) for _ in range(2)
+    )
+    assert again is made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -653,6 +654,7 @@ class PlanCache:
     def __init__(self, capacity: int = 64) -> None:
         self._capacity = capacity
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(
         self,
@@ -681,10 +683,11 @@ class PlanCache:
                 device=device if device.type == "cuda" else None,
                 batch_invariant=batch_invariant,
             )
-            self._plans[key] = made
+        with self._lock:
+            self._plans[key] = made  # another thread may have evicted it
+            self._plans.move_to_end(key)
             if len(self._plans) > self._capacity:
                 self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
         return made
 
 
