@@ -73,7 +73,7 @@ def table_lines(rows: list[Row]) -> list[str]:
     lines = []
     for row in rows:
         text = f"{row.shape.name:<28} {row.impl:<15} "
-        if math.isfinite(row.us) and not row.error:
+        if row.has_figure:
             text += f"{row.us:8.2f} {row.gbps:7.0f} {row.tflops:8.1f} "
             text += f"{row.us / row.floor_us:8.2f} {row.rel_err:8.1e}"
             text += f"  {speedups(rows)}" if row.impl == OURS else ""
@@ -157,10 +157,7 @@ def run_steps(shapes: list[Shape], layers: int, replays: int) -> list[Row]:
     rows = []
     for shape in with_progress(shapes):
         measured = measure(shape, list(STEPS), replays=replays, layers=layers)
-        cells = [
-            f"{row.us / 1e3:12.3f}" if math.isfinite(row.us) and not row.error else f"{'–':>12}"
-            for row in measured
-        ]
+        cells = [f"{row.us / 1e3:12.3f}" if row.has_figure else f"{'–':>12}" for row in measured]
         why = "".join(f"  ** {row.impl}: {row.error}" for row in measured if row.error)
         print(f"{shape.name:<28} " + " ".join(cells) + f"  {speedups(measured)}{why}", flush=True)
         rows += measured
@@ -184,7 +181,7 @@ def exit_code(rows: list[Row]) -> int:
 
 def with_figures(rows: list[Row]) -> list[Row]:
     """Return the rows that have a figure to trust."""
-    return [row for row in rows if math.isfinite(row.us) and not row.error]
+    return [row for row in rows if row.has_figure]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

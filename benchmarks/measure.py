@@ -52,6 +52,11 @@ class Row:
     floor: Floor = ASSUMED
 
     @property
+    def has_figure(self) -> bool:
+        """Whether it has one to trust."""
+        return math.isfinite(self.us) and not self.error
+
+    @property
     def floor_us(self) -> float:
         return self.floor.us(self.shape)
 

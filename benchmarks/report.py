@@ -42,7 +42,7 @@ _MANY_DECADES, _FEW_DECADES = 3.0, 0.6  # of an axis: labels at 1 alone, at 2 an
 def write_report(folder: Path, rows: Sequence[Row], title: str) -> Path:
     """Write all files into ``folder`` and return the path of ``report.md``."""
     folder.mkdir(parents=True, exist_ok=True)
-    good = [row for row in rows if _has_figure(row)]
+    good = [row for row in rows if row.has_figure]
     write_csv(folder / "table.csv", good)
     (folder / "rows.json").write_text(json_of(good), encoding="utf-8")
     pictures, why_none = [], ""
@@ -119,16 +119,12 @@ def _columns(impl: str, impls: Sequence[str]) -> list[str]:
 
 def _cells(row: Row | None, ours: Row | None) -> tuple[str, str, str]:
     """Time, rate, and time over ours."""
-    if row is None or not _has_figure(row):
+    if row is None or not row.has_figure:
         return "–", "–", "–"
     time = f"{row.us:.1f} ({row.us / row.floor_us:.2f})"
     bound_by_memory = row.floor.is_memory_bound(row.shape)
     rate = f"{row.gbps:.0f} GB/s" if bound_by_memory else f"{row.tflops:.0f} TFLOP/s"
-    return time, rate, f"{row.us / ours.us:.2f}" if ours and _has_figure(ours) else "–"
-
-
-def _has_figure(row: Row) -> bool:
-    return not row.error and math.isfinite(row.us)
+    return time, rate, f"{row.us / ours.us:.2f}" if ours and ours.has_figure else "–"
 
 
 def _one_line(name: str) -> str:

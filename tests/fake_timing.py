@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -21,8 +22,15 @@ from benchmarks.shapes import Shape
 L2_BYTES = 1 << 20  # of the made-up GPU
 
 
-def fake_measure(us: dict[str, float], error: str = "") -> Callable[..., list[Row]]:
-    """As `benchmarks.measure.measure`, on the CPU: checks what is prepared, and makes times up."""
+def fake_measure(
+    us: dict[str, float], error: str = "", *, in_turns: bool = False
+) -> Callable[..., list[Row]]:
+    """As `benchmarks.measure.measure`, on the CPU: checks what is prepared, and makes times up.
+
+    Implementations come in the order of ``us``; with ``in_turns``, in every other call in the
+    other one.
+    """
+    orders = itertools.cycle([list(us), list(reversed(us))] if in_turns else [list(us)])
 
     def measure(
         shape: Shape,
@@ -31,8 +39,7 @@ def fake_measure(us: dict[str, float], error: str = "") -> Callable[..., list[Ro
         replays: int,
         prepare: Mapping[str, Callable[[Case], Prepared]],
     ) -> list[Row]:
-        assert list(prepare) == impls
-        assert set(impls) == set(us)
+        assert list(prepare) == impls == next(orders)
         case = make_case(shape, torch.device("cpu"), copies=2)
         for make in prepare.values():
             prepared = make(case)

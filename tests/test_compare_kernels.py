@@ -102,7 +102,9 @@ def test_versions_are_timed_in_both_orders_each_with_its_kernels(
 
     by_plan = compare_kernels.mla_decode_by
     monkeypatch.setattr(compare_kernels, "mla_decode_by", mla_decode_by)
-    monkeypatch.setattr(side_by_side, "measure", fake_measure({"old": 12.0, "new": 10.0}))
+    monkeypatch.setattr(
+        side_by_side, "measure", fake_measure({"old": 12.0, "new": 10.0}, in_turns=True)
+    )
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
     gains = compare_kernels.compare([SHAPE], versions, replays=4)
     assert used == ["old", "new", "new", "old"]
