@@ -53,7 +53,7 @@ class ChunkMerge {
             } else {
                 add_batch(step, lse_log2[0], sum);
                 if (teams.sharing_log2 == 0 && step.batch + 1 == batches_per_chunk) {
-                    teams.finish_chunk(chunk_of(step, 0), sum);
+                    teams.finish_chunk(chunk_of(step, 0), teams.lane, sum);
                 }
             }
             advance(step);
@@ -91,6 +91,7 @@ class ChunkMerge {
         const int own = (step.turn << kBatchLog2) + pair >> width_log2;
         return teams.first_chunk() + own * kTeams;
     }
+
     // ---- copies -----------------------------------------------------------------------
 
     // Where in a batch's place a pair's columns are put, those of all teams side by side.
@@ -202,7 +203,7 @@ class ChunkMerge {
             if ((pair & mask) != mask) return;
             float lse = lse_of_chunk;
             if (Config::kStampsResults) lse = __shfl_sync(~0u, lse, pair, kTeamThreads);
-            teams.store(chunk_of(step, pair), value, lse);
+            teams.store(chunk_of(step, pair), teams.lane, value, lse);
         });
     }
 

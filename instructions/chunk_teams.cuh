@@ -20,8 +20,15 @@ class ChunkTeams {
     static_assert(kTeams * kTeamThreads == kConsumerThreads);
     static_assert(kTeamThreads == 1 << kTeamThreadsLog2);
 
+    // How what teams have summed of a chunk that they share is added up: by shuffles between lanes
+    // that read the same columns of all of them, or team after team. The first is faster (H200:
+    // B1_64k_q1_h16 26.7 us instead of 27.2), but in kernels for 32 rows it makes ptxas keep the
+    // tile loop's descriptors in vector registers, and partials are 2% slower.
+    static constexpr bool kAddsByShuffles = Config::kStampsResults;
+
     struct Scratch {
-        float4 value[kTeams][kTeamThreads];
+        // A pad keeps what neighbouring lanes read, of the same columns, in different banks.
+        float4 value[kTeams][kTeamThreads + kAddsByShuffles];
         float top[kTeams], total[kTeams];
     };
 
@@ -99,20 +106,32 @@ class ChunkTeams {
 
     // Writes what the teams have summed, one chunk each, or a part of one.
     __device__ void finish(Sum& sum) const {
+        int chunk = first_chunk(), vector = lane;
         if (sharing_log2 > 0) {
-            add_up_shared(sum);
-            if (part() > 0) return;
+            put_down(sum);
+            int part = this->part();
+            if constexpr (kAddsByShuffles) {
+                const int columns = threadIdx.x >> sharing_log2;
+                chunk = columns / kTeamThreads;
+                vector = columns % kTeamThreads;
+                part = threadIdx.x - (columns << sharing_log2);
+                add_up_by_lanes(part * side_by_side() + chunk, vector, sum);
+            } else {
+                add_up_by_teams(sum);
+            }
+            if (part > 0) return;
         }
-        finish_chunk(first_chunk(), sum);
+        finish_chunk(chunk, vector, sum);
     }
 
     // ---- results ----------------------------------------------------------------------
 
-    __device__ void finish_chunk(int chunk, Sum& sum) const {
+    // Of a chunk the `vector`-th four columns.
+    __device__ void finish_chunk(int chunk, int vector, Sum& sum) const {
         const float scale = scale_of(chunk, sum.top, sum.total);
         float4 value = {0.f, 0.f, 0.f, 0.f};
         add_weighted(value, sum.value, scale);
-        store(chunk, value, Result::lse_of(sum.top, sum.total));
+        store(chunk, vector, value, Result::lse_of(sum.top, sum.total));
     }
 
     // What a chunk's sum is multiplied with; notes its row's LSE.
@@ -123,22 +142,34 @@ class ChunkTeams {
         return result.scale_of(row, top, total);
     }
 
-    __device__ void store(int chunk, const float4& columns, float lse_log2) const {
+    __device__ void store(int chunk, int vector, const float4& columns, float lse_log2) const {
         if (chunk >= work.num_chunks()) return;
         const int row = work.row_of_chunk(chunk);
         const int col = (chunk - row * work.chunks_per_row()) * kColumnChunk;
-        result.store(row, col + lane * kVectorColumns, columns, lse_log2);
+        result.store(row, col + vector * kVectorColumns, columns, lse_log2);
     }
 
   private:
-    // Each of the teams that share a chunk has summed its inputs: all of them, of all.
-    __device__ void add_up_shared(Sum& sum) const {
+    // Each of the teams that share a chunk has summed its inputs.
+    __device__ void put_down(const Sum& sum) const {
         shared.value[team][lane] = sum.value;
         if (lane == 0) {
             shared.top[team] = sum.top;
             shared.total[team] = sum.total;
         }
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
+    }
+    // All of them, of all. Neighbouring lanes have the same columns, each of another team.
+    __device__ void add_up_by_lanes(int team, int vector, Sum& sum) const {
+        const float top = max_of(shared.top[team], sharing_log2);
+        const float weight = weight_of(shared.top[team], top);
+        const auto of_all = [&](float x) { return sum_of(weight * x, sharing_log2); };
+        const float4 own = shared.value[team][vector];
+        sum = {{of_all(own.x), of_all(own.y), of_all(own.z), of_all(own.w)},
+               top,
+               of_all(shared.total[team])};
+    }
+    __device__ void add_up_by_teams(Sum& sum) const {
         const int first = first_chunk();
         const int other = first + (lane & (1 << sharing_log2) - 1) * side_by_side();
         const float top = max_of(shared.top[other], sharing_log2);

@@ -26,13 +26,27 @@ class BoxLoader {
           start_(work.start),
           end_(work.end),
           lane_(lane),
-          row_of_box_(row_of(0)) {
-        constexpr int kNext = mk::kWarpThreads;
-        const int32_t *first = place_of_id(0), *next = place_of_id(kNext);
-        if (exists(0)) mk::ptx::prefetch_to_l2(first);
-        mk::ptx::wait_for_earlier_kernels(first, next);
-        id_ = exists(0) ? __ldg(first) : 0;
-        next_id_ = exists(kNext) ? __ldg(next) : 0;
+          row_of_box_(row_of(0)),
+          first_id_(place_of_id(0)),
+          id_(__ldcg(first_id_)) {}
+
+    // The first window's ids have been read while the kernels before still ran, so that keys can be
+    // asked for as soon as these have ended. Now they are read again, which is looked at when keys
+    // are on their way.
+    __device__ void wait_for_earlier_kernels() {
+        mk::ptx::wait_for_earlier_kernels(first_id_);
+        id_now_ = __ldcg(first_id_);
+    }
+    // Whether what has been asked for is what should have been; it is from now on.
+    __device__ bool were_right() {
+        const bool same = id_ == id_now_;
+        id_ = id_now_;
+        return __all_sync(~0u, same);
+    }
+
+    // Windows follow each other: what the one after that of box `first` needs.
+    __device__ void look_ahead(int first) {
+        next_id_ = __ldg(place_of_id(first + mk::kWarpThreads));
     }
 
     __device__ void begin_tile(int tile) {
@@ -46,18 +60,22 @@ class BoxLoader {
     }
 
     // One lane waits and asks.
-    template <class WaitPlace>
-    __device__ void load_half(
-        int tile, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {
+    template <class State, class Tile, class Begin>
+    __device__ void load(const State& state, const Tile& tile, Begin begin) const {
         if (!mk::ptx::elect_lane()) return;
+        if (tile.index == 0) begin();
         // A box that begins past the end is left out, and what it would hold never used.
-        const int positions = end_ - start_ - tile * kKvTile;
+        const int positions = end_ - start_ - tile.index * kKvTile;
         const int num_boxes = kBoxes == 1 ? 1 : min(kBoxes, (positions + kRows - 1) / kRows);
-        if (!wait_place()) return;
-        mk::ptx::mbar_arrive_expect_tx(full, num_boxes * kRows * kHalfRowBytes);
 #pragma unroll
-        for (int box = 0; box < kBoxes; ++box) {
-            if (box < num_boxes) load_box(half, page, full, box);
+        for (int i = 0; i < 2; ++i) {
+            const auto half = tile.half(g_, state, i);
+            if (!half.wait_place(state)) return;
+            mk::ptx::mbar_arrive_expect_tx(half.full, num_boxes * kRows * kHalfRowBytes);
+#pragma unroll
+            for (int box = 0; box < kBoxes; ++box) {
+                if (box < num_boxes) load_box(half.which, half.page, half.full, box);
+            }
         }
     }
 
@@ -71,7 +89,7 @@ class BoxLoader {
                                 0,
                                 0,
                                 kv_head_ * g_.kv_head_step + half * kHalfBlocks,
-                                row_[box] / kGroupRows,
+                                row_[box] >> kGroupRowsLog2,
                                 block_[box],
                                 g_.kv_policy);
         mk::ptx::tensor_load_4d(rope_address(page) + box * kRows * kRopeRowBytes,
@@ -93,24 +111,21 @@ class BoxLoader {
         return kBoxes == 1 && is_last ? row - TailRows<true>(end_ - start_).first : row;
     }
     // Entries past the request's last block are never read: they may hold anything.
-    __device__ bool exists(int first) const { return position(first) < end_; }
-    __device__ int look_up(int first) const {
-        return exists(first) ? __ldg(place_of_id(first)) : 0;
-    }
     __device__ const int32_t* place_of_id(int first) const {
-        return &ids_[g_.block_of(position(first))];
+        return &ids_[g_.block_of(min(position(first), end_ - 1))];
     }
-    // Windows follow each other; what the next one needs is read ahead.
     __device__ void open_window(int first) {
         id_ = next_id_;
         row_of_box_ = row_of(first);
-        next_id_ = look_up(first + mk::kWarpThreads);
+        look_ahead(first);
     }
 
     const MlaGlobals& g_;
     const int32_t* ids_;
     int kv_head_, start_, end_, lane_;
-    int row_of_box_, id_, next_id_;    // of the lane's box; the row may be negative
+    int row_of_box_;  // of the lane's box; may be negative
+    const int32_t* first_id_;
+    int id_, id_now_, next_id_;        // of the lane's box
     int block_[kBoxes], row_[kBoxes];  // of the tile's boxes
 };
 
@@ -132,6 +147,11 @@ class RowLoader {
         look_up();
     }
 
+    // It has waited: nothing is asked for by ids that are not known yet.
+    __device__ void wait_for_earlier_kernels() const {}
+    __device__ bool were_right() const { return true; }
+    __device__ void look_ahead(int) const {}
+
     __device__ void begin_tile(int) {
 #pragma unroll
         for (int i = 0; i < kRowsPerLane; ++i) {
@@ -148,11 +168,26 @@ class RowLoader {
 
     // Four rows at a time, eight lanes a row: 128 bytes of each swizzle block, then the first four
     // lanes of each row its rope.
-    template <class WaitPlace>
-    __device__ void load_half(
-        int, int half, uint32_t page, uint32_t full, WaitPlace wait_place) const {
-        const bool is_free = wait_place();
-        if (!__all_sync(~0u, is_free)) return;
+    template <class State, class Tile, class Begin>
+    __device__ void load(const State& state, const Tile& tile, Begin begin) const {
+        if (tile.index == 0 && mk::ptx::elect_lane()) begin();
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const auto half = tile.half(g_, state, i);
+            if (!half.is_own) continue;
+            const bool is_free = half.wait_place(state);
+            if (!__all_sync(~0u, is_free)) return;
+            load_half(half.which, half.page, half.full);
+        }
+    }
+
+  private:
+    static constexpr int kRowsPerLane = kKvTile / mk::kWarpThreads;
+    static constexpr int kLanesPerRow = kBlockRowBytes / 16;
+    static constexpr int kRowsAtOnce = mk::kWarpThreads / kLanesPerRow;
+    static constexpr int kRopeChunks = kRopeRowBytes / 16;
+
+    __device__ void load_half(int half, uint32_t page, uint32_t full) const {
         const char* latent = latent_ + half * kHalfLatent * kElementBytes;
         const char* rope = rope_ + half * kRopeRowBytes;
 #pragma unroll
@@ -179,12 +214,6 @@ class RowLoader {
         }
         mk::ptx::arrive_when_copied(full);
     }
-
-  private:
-    static constexpr int kRowsPerLane = kKvTile / mk::kWarpThreads;
-    static constexpr int kLanesPerRow = kBlockRowBytes / 16;
-    static constexpr int kRowsAtOnce = mk::kWarpThreads / kLanesPerRow;
-    static constexpr int kRopeChunks = kRopeRowBytes / 16;
 
     __device__ int position(int i) const { return position_ + i * mk::kWarpThreads; }
     __device__ void look_up() {

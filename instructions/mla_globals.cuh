@@ -45,7 +45,9 @@ inline constexpr int kRopeRowBytes = kHalfRope * kElementBytes;
 inline constexpr int kLatentBlocks = kLatentDim / kBlockCols;
 inline constexpr int kHalfBlocks = kHalfLatent / kBlockCols;
 inline constexpr int kHalfRowBytes = kHalfBlocks * kBlockRowBytes + kRopeRowBytes;
-inline constexpr int kGroupRows = 8;  // positions or rows that a swizzle pattern repeats over
+inline constexpr int kGroupRowsLog2 = 3;
+// Positions or rows that a swizzle pattern repeats over.
+inline constexpr int kGroupRows = 1 << kGroupRowsLog2;
 inline constexpr int kGroupBytes = kGroupRows * kBlockRowBytes;  // of one block
 inline constexpr int kKvGroupBytes = kHalfBlocks * kGroupBytes;
 inline constexpr int kHalfLatentBytes = kKvTile * kHalfBlocks * kBlockRowBytes;

@@ -41,6 +41,7 @@ struct MlaPartial {
         // Where to look for block ids, if nothing but the words says so, is known before: the KV
         // loader waits when it reads them.
         static constexpr bool kWaitsForEarlierKernels = true;
+        static constexpr bool kJoinsCta = true;
 
         __device__ static void run(const MlaGlobals& g, State& state) {
             const int lane = threadIdx.x % mk::kWarpThreads;
@@ -49,9 +50,24 @@ struct MlaPartial {
             }
             const PartialWork work(g, state.words());
             with_kv_loader(g, work, lane, [&](auto& kv) {
+                const Query q(g, state, work);
+                const Tile first(g, state, 0, mk::Role::kLoader);
+                if (state.is_first_instruction()) State::join_cta();
+                q.wait_pages(state);
+                kv.begin_tile(0);
+                kv.wait_for_earlier_kernels();
                 if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
-                load_q(g, state, work, lane);
-                load_tiles(g, state, work, kv, mk::Role::kLoader);
+                const auto has_begun = [&] {
+                    if (kv.were_right()) {
+                        q.tell();
+                        return true;
+                    }
+                    take_back_first_tile(state);
+                    kv.begin_tile(0);
+                    return false;
+                };
+                load_tiles(
+                    g, state, work, kv, mk::Role::kLoader, first, [&] { q.ask(g); }, has_begun);
             });
             if (!work.is_shared()) state.pass_pages_from(Pages::kQPages + 2 * work.num_tiles, lane);
             if (lane == 0) state.record(mk::TimingWord::kLoadEnd);
@@ -59,27 +75,59 @@ struct MlaPartial {
 
       private:
         // The box may hold rows of the next sequence; nobody looks at what becomes of them.
-        __device__ static void load_q(const MlaGlobals& g,
-                                      State& state,
-                                      const PartialWork& work,
-                                      int lane) {
+        struct Query {
+            uint32_t full, page[Pages::kQPages];
+            int row;
+
+            __device__ Query(const MlaGlobals& g, const State& state, const PartialWork& work)
+                : full(state.semaphore(Pages::kQFull)), row(work.flat_row(g, 0)) {
 #pragma unroll
-            for (int page = 0; page < Pages::kQPages; ++page) state.wait_page(page);
-            if (!mk::ptx::elect_lane()) return;
-            const uint32_t full = state.semaphore(Pages::kQFull);
-            const int row = work.flat_row(g, 0);
-            constexpr int kRowBytes = (kLatentDim + kRopeDim) * kElementBytes;
-            mk::ptx::mbar_arrive_expect_tx(full, g.q_box_rows * kRowBytes);
-#pragma unroll
-            for (int i = 0; i < Pages::kQPages; ++i) {
-                const uint32_t page = mk::ptx::smem_address(state.page(i));
-                const uint32_t latent_bytes =
-                    g.q_box_rows * (kLatentBlocks / Pages::kQPages) * kBlockRowBytes;
-                mk::ptx::tensor_load_3d(
-                    page, g.q_latent, full, 0, row, i * kHalfBlocks, mk::ptx::kEvictNormal);
-                mk::ptx::tensor_load_2d(
-                    page + latent_bytes, g.q_rope, full, i * kHalfRope, row, mk::ptx::kEvictNormal);
+                for (int i = 0; i < Pages::kQPages; ++i) {
+                    page[i] = mk::ptx::smem_address(state.page(i));
+                }
             }
+            __device__ void wait_pages(const State& state) const {
+#pragma unroll
+                for (int i = 0; i < Pages::kQPages; ++i) state.wait_page(i);
+            }
+            // By one lane.
+            __device__ void ask(const MlaGlobals& g) const {
+                constexpr int kRowBytes = (kLatentDim + kRopeDim) * kElementBytes;
+                mk::ptx::mbar_expect_tx(full, g.q_box_rows * kRowBytes);
+#pragma unroll
+                for (int i = 0; i < Pages::kQPages; ++i) {
+                    const uint32_t latent_bytes =
+                        g.q_box_rows * (kLatentBlocks / Pages::kQPages) * kBlockRowBytes;
+                    mk::ptx::tensor_load_3d(
+                        page[i], g.q_latent, full, 0, row, i * kHalfBlocks, mk::ptx::kEvictNormal);
+                    mk::ptx::tensor_load_2d(page[i] + latent_bytes,
+                                            g.q_rope,
+                                            full,
+                                            i * kHalfRope,
+                                            row,
+                                            mk::ptx::kEvictNormal);
+                }
+            }
+            // Consumers begin when Q is there and this has been said.
+            __device__ void tell() const {
+                if (mk::ptx::elect_lane()) mk::ptx::mbar_arrive(full);
+            }
+        };
+
+        // Waits for what has been asked for in vain, and makes its mbarriers new. Consumers, who
+        // wait for Q first, have not seen them.
+        __device__ static void take_back_first_tile(const State& state) {
+            if (mk::ptx::elect_lane()) {
+#pragma unroll 1
+                for (int half_tile = 0; half_tile < 2; ++half_tile) {
+                    const uint32_t full = state.semaphore(Pages::full(half_tile));
+                    state.wait(Pages::full(half_tile), 0);
+                    mk::ptx::mbar_invalidate(full);
+                    mk::ptx::mbar_init(full, 1);
+                }
+                mk::ptx::fence_mbar_init();
+            }
+            __syncwarp();
         }
     };
 
@@ -92,7 +140,10 @@ struct MlaPartial {
                 const PartialWork work(g, state.words());
                 if (copied_by_lanes(g) && 2 * work.num_tiles > Pages::kRing) {
                     RowLoader kv(g, work, threadIdx.x % mk::kWarpThreads);
-                    load_tiles(g, state, work, kv, mk::Role::kLauncher);
+                    kv.begin_tile(0);
+                    const Tile first(g, state, 0, mk::Role::kLauncher);
+                    load_tiles(
+                        g, state, work, kv, mk::Role::kLauncher, first, [] {}, [] { return true; });
                 }
             }
             if (state.word(PartialWords::kNumMates) > 1) {
@@ -110,6 +161,8 @@ struct MlaPartial {
         __device__ static void run(const MlaGlobals& g, State& state) {
             if (threadIdx.x % mk::kWarpThreads != 0) return;
             const int dst_batch = state.word(PartialWords::kDstBatch);
+            // Nobody waits for rows of the output: a role less to wake before the CTA can leave.
+            if (!Config::kTimings && !writes_scratch(dst_batch)) return;
             const bool ok = state.wait(Pages::kOutputStored, 0);
             state.record(mk::TimingWord::kStoreBegin);
             if (ok && writes_scratch(dst_batch) && speaks_for_all(g, state)) {
@@ -155,31 +208,81 @@ struct MlaPartial {
                !Pages::is_first_use(half_tile);
     }
 
-    // Loads the half tiles that are this role's, each as soon as its place is free. That is on the
-    // way of every tile: what can be known before is.
-    template <class KvLoader>
+    // A half tile that is to be loaded.
+    struct HalfTile {
+        int which;
+        uint32_t page, full;
+        uint32_t empty, empty_phase;  // its place is free when that phase of this mbarrier is over
+        bool is_own;                  // this role's to load
+
+        HalfTile() = default;
+        __device__ HalfTile(const MlaGlobals& g,
+                            const State& state,
+                            uint32_t half_tile,
+                            mk::Role role)
+            : which(Pages::half(half_tile)),
+              page(mk::ptx::smem_address(state.page(Pages::page(half_tile)))),
+              full(state.semaphore(Pages::full(half_tile))),
+              is_own(is_launchers(g, half_tile) == (role == mk::Role::kLauncher)) {
+            const auto [mbar, phase] = Pages::place_free(state, half_tile);
+            empty = mbar;
+            empty_phase = phase;
+        }
+        __device__ bool wait_place(const State& state) const {
+            return state.wait_local(empty, empty_phase);
+        }
+    };
+    // Its halves in the order in which they are asked for. What is known of them is looked up
+    // ahead, but for the kernels whose loaders have no registers for it.
+    class Tile {
+      public:
+        int index;
+        mk::Role role;
+
+        __device__ Tile(const MlaGlobals& g, const State& state, int index, mk::Role role)
+            : index(index), role(role) {
+            if constexpr (Config::kWholeTileBoxes) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) half_[i] = look_up(g, state, i);
+            }
+        }
+        __device__ HalfTile half(const MlaGlobals& g, const State& state, int i) const {
+            if constexpr (Config::kWholeTileBoxes) return half_[i];
+            return look_up(g, state, i);
+        }
+
+      private:
+        __device__ HalfTile look_up(const MlaGlobals& g, const State& state, int i) const {
+            return HalfTile(g, state, 2u * index + i, role);
+        }
+
+        HalfTile half_[2];
+    };
+
+    // Loads what is this role's of all tiles, each half as soon as its place is free. That is on
+    // the way of every tile: what can be known before is. `begin` is called by one lane before the
+    // first tile is asked for. `has_begun` is called when it has been, and may say that all of that
+    // has to be done again.
+    template <class KvLoader, class Begin, class HasBegun>
     __device__ static void load_tiles(const MlaGlobals& g,
                                       const State& state,
                                       const PartialWork& work,
                                       KvLoader& kv,
-                                      mk::Role role) {
-        for (int tile = 0; tile < work.num_tiles; ++tile) {
-            kv.begin_tile(tile);
-            uint32_t full[2], page[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                full[i] = state.semaphore(Pages::full(2 * tile + i));
-                page[i] = mk::ptx::smem_address(state.page(Pages::page(2 * tile + i)));
-            }
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int half_tile = 2 * tile + i;
-                if (is_launchers(g, half_tile) != (role == mk::Role::kLauncher)) continue;
-                kv.load_half(tile, Pages::half(half_tile), page[i], full[i], [&] {
-                    return Pages::wait_place(state, half_tile);
-                });
-            }
+                                      mk::Role role,
+                                      Tile tile,
+                                      Begin begin,
+                                      HasBegun has_begun) {
+        for (;;) {
+            kv.load(state, tile, begin);
             __syncwarp();
+            if (tile.index == 0) {
+                if (!has_begun()) continue;
+                kv.look_ahead(0);
+            }
+            const int next = tile.index + 1;
+            if (next == work.num_tiles) return;
+            kv.begin_tile(next);
+            tile = Tile(g, state, next, role);
         }
     }
 };

@@ -51,6 +51,8 @@ struct MlaReduction {
         __device__ static void run(const MlaGlobals& g, State& state) {
             if (threadIdx.x % mk::kWarpThreads != 0) return;
             const int dst_batch = state.word(ReductionWords::kDstBatch);
+            // Nobody waits for rows of the output: a role less to wake before the CTA can leave.
+            if (!Config::kTimings && !writes_scratch(dst_batch)) return;
             const bool ok = state.wait(kResultStored, 0);
             state.record(mk::TimingWord::kStoreBegin);
             if (ok && writes_scratch(dst_batch)) {

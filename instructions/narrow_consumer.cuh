@@ -55,8 +55,8 @@ class NarrowConsumer {
 
     const MlaGlobals& g;
     const State& state;
+    const PartialWork work;
     const int group = __shfl_sync(~0u, mk::ptx::thread_in_cta() / kWarpgroupThreads, 0);
-    const int num_tiles;
     const int num_tiles_kept;
     const int plain_tiles;  // leading tiles that every row sees in full
     NarrowOutput<kRows> o;
@@ -65,10 +65,10 @@ class NarrowConsumer {
     __device__ NarrowConsumer(const MlaGlobals& g, State& state)
         : g(g),
           state(state),
-          num_tiles(PartialWork::num_tiles_of(state.words())),
+          work(g, state.words()),
           num_tiles_kept(PartialWork::num_tiles_kept(state.words())),
-          plain_tiles(PartialWork(g, state.words()).num_plain_tiles(g)),
-          rows(PartialWork(g, state.words()).num_rows) {
+          plain_tiles(work.num_plain_tiles(g)),
+          rows(work.num_rows) {
 #pragma unroll
         for (Block& block : o.block) kittens::zero(block);
         note_rows();
@@ -90,7 +90,6 @@ class NarrowConsumer {
 
     // What each row sees, and its maximum, which the first tile's warpgroup tells the other one.
     __device__ void note_rows() {
-        const PartialWork work(g, state.words());
         const int row = mk::ptx::thread_in_cta() % kWarpgroupThreads;
         if (row < kNarrowRows) {
             scratch().visible[group][row] = work.visible(g, row) - work.start;
@@ -106,29 +105,31 @@ class NarrowConsumer {
         const NarrowHalfQ q_own(page(kQPage), g.q_box_rows, group);
         const NarrowHalfQ q_other(page(kQPage), g.q_box_rows, 1 - group);
         int tile = group;
-        for (; tile < num_tiles; tile += kGroups) {
+        for (; tile < work.num_tiles; tile += kGroups) {
             Scores s;
             const int own = 2 * tile, other = own + 1;
             const HalfK k_own(page(Pages::page(own))), k_other(page(Pages::page(other)));
             Pages::wait_half(g, state, own);
             multiply_scores<Element, true>(s, q_own, k_own);
             kittens::warpgroup::mma_commit_group();
+            // P of the first tile comes late. Of later ones it is there before the other half is.
+            if (tile >= kGroups) add_others(tile - 1);
             Pages::wait_half(g, state, other);
             multiply_scores<Element, false>(s, q_other, k_other);
             kittens::warpgroup::mma_commit_group();
-            if (tile > 0) {
-                add_others(tile - 1);
+            if (tile == 1) {
+                add_others(0);
                 kittens::warpgroup::mma_async_wait<1>();
             } else {
                 kittens::warpgroup::mma_async_wait();
             }
             add_own(s, tile);
         }
-        if (tile > num_tiles) return;
-        add_others(num_tiles - 1);
+        if (tile > work.num_tiles) return;
+        add_others(work.num_tiles - 1);
         rows.publish_sums(scratch().exchange[group]);
         kittens::warpgroup::mma_async_wait();
-        let_go(other_half(num_tiles - 1));
+        let_go(other_half(work.num_tiles - 1));
     }
 
     // Of the other warpgroup's tile the half tile that is this one's.
@@ -154,7 +155,7 @@ class NarrowConsumer {
         Scratch& shared = scratch();
         if (tile >= plain_tiles) {
             const typename Pages::Tail tail(PartialWork::num_positions(state.words()));
-            const bool is_last = tile + 1 == num_tiles;
+            const bool is_last = work.is_last(tile);
             hide_outside(s, shared.visible[group], is_last ? tail.first : 0, tile * kKvTile);
             if (is_last) clear_past_end(tail.past_end);
         }
@@ -173,7 +174,7 @@ class NarrowConsumer {
         if (tile > 0) let_go(other_half(tile - 1));
         sync_warpgroup();
         accumulate<Element>(o, p_operand(group), VOperand(page(Pages::page(2 * tile))));
-        if (tile + 1 == num_tiles) rows.publish_sums(shared.exchange[group]);
+        if (work.is_last(tile)) rows.publish_sums(shared.exchange[group]);
         kittens::warpgroup::mma_async_wait();
         let_go(2 * tile);
     }
@@ -186,26 +187,27 @@ class NarrowConsumer {
     // V rows of the last tile past the end meet P = 0, but NaN * 0 is NaN: they become 0.
     __device__ void clear_past_end(int past_end) const {
         if (past_end == kKvTile) return;
-        clear_rows(page(Pages::page(2 * num_tiles - 2)), past_end);
-        clear_rows(page(Pages::page(2 * num_tiles - 1)), past_end);
+        clear_rows(page(Pages::page(2 * work.num_tiles - 2)), past_end);
+        clear_rows(page(Pages::page(2 * work.num_tiles - 1)), past_end);
     }
 
     // ---- the end --------------------------------------------------------------------
 
     __device__ void finish() {
-        const PartialWork work(g, state.words());
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         // Nobody reads Q any more: its page is for the output now.
         if (work.is_shared() && mk::ptx::thread_in_cta() < mk::kWarpThreads) {
             Mates(g, state, work).open_inbox();
         }
-        const float lse_log2 = finish_rows(work);
+        const float lse_log2 = finish_rows();
         multiply(o, rows_of<kRows>(scratch().end.inverse[warp()]));
-        if (work.adopts()) add_adopted(work);
+        if (work.adopts()) add_adopted();
         if (mk::ptx::as_written(!work.is_shared())) {
-            store_output(work);
+            store_output();
+            const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+            if (warp() == 1 && row < work.num_rows) work.store_lse(g, row, lse_log2);
         } else {
-            merge_with_mates(work, lse_log2);
+            merge_with_mates(lse_log2);
         }
 
         __syncwarp();
@@ -220,7 +222,7 @@ class NarrowConsumer {
         }
     }
 
-    __device__ void merge_with_mates(const PartialWork& work, float lse_log2) {
+    __device__ void merge_with_mates(float lse_log2) {
         const Mates mates(g, state, work);
         static_assert(kNarrowRows * mk::kMaxClusterCtas == kConsumerThreads);
         const auto begin = [&] {
@@ -236,7 +238,7 @@ class NarrowConsumer {
 
     // By each warp for itself, a lane for each row: what the output is to be multiplied with goes
     // to scratch, and the LSE if it goes along with the output. Returns the row's LSE.
-    __device__ float finish_rows(const PartialWork& work) const {
+    __device__ float finish_rows() const {
         static_assert(kNarrowRows == mk::kWarpThreads);
         const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
         Scratch& shared = scratch();
@@ -259,12 +261,9 @@ class NarrowConsumer {
         float total = own * sum + adopted;
         const bool seen = total > 0.f;
         const float lse_log2 = seen ? top + __log2f(total) : -INFINITY;
-        if (!work.is_shared()) {
-            if (warp() == 1 && row < work.num_rows) work.store_lse(g, row, lse_log2);
-            if (g.attn_sink != nullptr) {
-                const float sink_log2 = work.sink_log2(g, min(row, work.num_rows - 1));
-                total += mk::ptx::exp2_approx(sink_log2 - top);
-            }
+        if (!work.is_shared() && g.attn_sink != nullptr) {
+            const float sink_log2 = work.sink_log2(g, min(row, work.num_rows - 1));
+            total += mk::ptx::exp2_approx(sink_log2 - top);
         }
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
         shared.end.inverse[warp()][row] = own * inverse;
@@ -275,7 +274,7 @@ class NarrowConsumer {
     }
 
     // The warpgroup's columns of another partial's result.
-    __device__ void add_adopted(const PartialWork& work) {
+    __device__ void add_adopted() {
         const float* from = g.o_scratch + g.scratch_row(work.adopted, 0) * kLatentDim +
                             group * kHalfLatent + fragment_row();
         const Row weight = rows_of<kRows>(scratch().end.adopted[warp()]);
@@ -335,7 +334,7 @@ class NarrowConsumer {
         }
     }
 
-    __device__ void store_output(const PartialWork& work) {
+    __device__ void store_output() {
         if (writes_scratch(work.dst_batch)) {
             float* dst = g.o_scratch + g.scratch_row(scratch_slot(work.dst_batch), 0) * kLatentDim;
             const auto writer = [&](int col) {

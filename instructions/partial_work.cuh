@@ -109,7 +109,7 @@ struct PartialPages {
     };
 
     // Which half of its tile a half tile is, and the other way round.
-    __device__ static int half(int half_tile) { return (half_tile ^ half_tile / 2) % 2; }
+    __device__ static int half(uint32_t half_tile) { return (half_tile ^ half_tile / 2) % 2; }
     __device__ static int half_tile(int tile, int half) { return 2 * tile + (half ^ tile) % 2; }
 
     __device__ static int place(uint32_t half_tile) { return half_tile % kRing; }
@@ -129,12 +129,17 @@ struct PartialPages {
     }
 
     // Is it the first half tile in its page? That page is the instruction before's to give.
-    __device__ static bool is_first_use(int half_tile) { return half_tile < kRing; }
-    // Waits until a half tile's place is free.
+    __device__ static bool is_first_use(uint32_t half_tile) { return half_tile < kRing; }
+    // A half tile's place is free when this phase of this mbarrier is over.
+    struct Phase {
+        uint32_t mbar, parity;
+    };
     template <class State>
-    __device__ static bool wait_place(const State& state, int half_tile) {
-        if (is_first_use(half_tile)) return state.wait_page(page(half_tile));
-        return state.wait(kKvEmpty + place(half_tile), half_tile / kRing - 1);
+    __device__ static Phase place_free(const State& state, uint32_t half_tile) {
+        if (is_first_use(half_tile)) {
+            return {free(state, half_tile), state.pages_phase()};
+        }
+        return {empty(state, half_tile), (half_tile / kRing - 1) & 1};
     }
 
     // The whole of it, by one thread.

@@ -44,6 +44,8 @@ class ReductionConsumer {
     };
     static_assert(sizeof(Scratch) <= Config::kScratchBytes);
 
+    // (How the ways are told apart stands here twice: one tail for both makes kernels without
+    // stamps half a percent slower on an H200.)
     __device__ static void merge(const MlaGlobals& g,
                                  const State& state,
                                  const ReductionWork& work,

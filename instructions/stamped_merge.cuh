@@ -19,6 +19,11 @@ class StampedMerge {
     static constexpr int kHalf = kTeamThreads / 2;
     using Half = StampedColumns[kHalf];
 
+    static constexpr int kTeams = Teams::kTeams;
+    static_assert(fits_stamps(kTeams, kTeamThreads) && fits_stamps(1, kTeams* kTeamThreads) &&
+                      !fits_stamps(kTeams + 1, 1) && !fits_stamps(kTeams, kTeamThreads + 1),
+                  "the planner counts with what is_for says");
+
   public:
     __device__ StampedMerge(const MlaGlobals& g, const State& state, const Teams& teams)
         : g(g),
@@ -28,7 +33,7 @@ class StampedMerge {
           stamp(mk::launch_epoch<Config>(), teams.lane) {}
 
     __device__ static bool is_for(const Teams& teams) {
-        return teams.work.num_chunks() <= Teams::kTeams && teams.own_inputs <= kTeamThreads;
+        return teams.work.num_chunks() <= kTeams && teams.own_inputs <= kTeamThreads;
     }
 
     // The team's inputs of its chunk.
@@ -67,7 +72,7 @@ class StampedMerge {
         const auto* scratch = reinterpret_cast<const StampedColumns*>(g.o_scratch);
         asm("" : "+l"(scratch));  // looked up once
         const auto* own = scratch + static_cast<uint64_t>(place) * kTeamThreads;
-        const int first_lane = threadIdx.x % mk::kWarpThreads & -kTeamThreads;
+        const int first_lane = static_cast<int>(threadIdx.x % mk::kWarpThreads) & -kTeamThreads;
         const uint32_t inputs = __ballot_sync(~0u, exists) >> first_lane & kTeamLanes;
 
         bool waits = exists;

@@ -33,7 +33,7 @@ __device__ inline int32_t fetch_word(const MegakernelArgs& args, int ticket) {
 template <class Config, class Ops>
 class Controller {
   public:
-    // Decodes the CTA's first instruction, before its other warps run.
+    // Decodes the CTA's first instruction, before its other warps run. run() tells them.
     template <class Globals>
     __device__ static void begin(const Globals& globals) {
         if (!globals.megakernel.instructions_are_constant) ptx::wait_for_earlier_kernels();
@@ -46,6 +46,7 @@ class Controller {
     __device__ static void run(const Globals& globals, State<Config>& state) {
         const MegakernelArgs& args = globals.megakernel;
         const bool is_first_lane = threadIdx.x % kWarpThreads == 0;
+        tell_roles(state);
         ptx::wait_for_earlier_kernels();
         if (is_first_lane) begin_epoch(args);
         GivenUp given_up;
@@ -63,6 +64,7 @@ class Controller {
             state.advance();
             if (!retire_slot(state, given_up)) break;
             decode(globals, state, ticket, word);
+            tell_roles(state);
         }
         if (is_first_lane) leave_queue(args.queue, launch_epoch<Config>());
         if (given_up.cause == Watchdog<Config>::kNone) watch_the_rest(state, given_up);
@@ -140,6 +142,9 @@ class Controller {
         control.words[slot][lane] = word;
         if (lane == 0) control.ticket[slot] = ticket;
         __syncwarp();
+        if (state.is_first_instruction()) {
+            ptx::named_barrier_arrive(kFirstWordsBarrier, 2 * kWarpThreads);
+        }
         Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
             static_assert(Op::kNumSemaphores <= Config::kSemaphoresPerInstruction);
             // By one lane: the hardware takes mbarriers to build from one lane after the other.
@@ -159,7 +164,11 @@ class Controller {
         }
         ptx::fence_mbar_init();
         __syncwarp();
-        if (lane == 0) ptx::mbar_arrive(ptx::smem_address(&control.decoded[slot]));
+    }
+
+    __device__ static void tell_roles(const State<Config>& state) {
+        if (threadIdx.x % kWarpThreads != 0) return;
+        ptx::mbar_arrive(ptx::smem_address(&state.control().decoded[state.slot()]));
     }
 
     // The page that the predecessor gives up k-th is the page that this one asks for k-th.

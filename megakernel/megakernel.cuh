@@ -48,14 +48,13 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     const Role role = role_of_warp<Config>(warp);
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
-    if (role == Role::kController) init_control_block<Config>();
+    if (role == Role::kStorer) init_control_block<Config>();  // while the controller fetches
     __syncwarp();
     ptx::cluster_arrive();
     // Earlier kernels may still run. What they may have written each role waits for when it has its
     // first instruction.
     if (role == Role::kController) Controller<Config, Ops>::begin(globals);
-    ptx::cluster_wait();  // for mbarriers of the other CTAs
-    __syncthreads();
+    if (role != Role::kLoader) State<Config>::join_cta();
 
     if (role == Role::kConsumer) {
         ptx::move_registers<Config::kLaunchRegisters, Config::kConsumerRegisters>();

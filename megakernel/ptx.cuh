@@ -34,6 +34,12 @@ __device__ __forceinline__ void mbar_arrive(uint32_t mbar, int arrivals = 1) {
                  : "memory");
 }
 
+// So many bytes more have to come before the phase can end.
+__device__ __forceinline__ void mbar_expect_tx(uint32_t mbar, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(mbar), "r"(bytes)
+                 : "memory");
+}
+
 __device__ __forceinline__ void mbar_arrive_expect_tx(uint32_t mbar, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(mbar),
                  "r"(bytes)

@@ -24,6 +24,11 @@ template <class Part>
 constexpr bool waits_itself() {
     return requires { Part::kWaitsForEarlierKernels; };
 }
+// The loader, which everybody waits for, begins as soon as the first instruction's words are there.
+template <class Part>
+constexpr bool joins_itself() {
+    return requires { Part::kJoinsCta; };
+}
 
 template <class Config>
 constexpr int retire_arrivals() {  // one per warp but the controller's
@@ -38,20 +43,31 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         const int slot = state.slot();
         ControlBlock<Config>& control = state.control();
         const uint32_t parity = (state.index() / Config::kInstructionRing) & 1;
-        // Nothing of a slot that never came may be read: the failed CTA stops here.
-        const uint32_t decoded = ptx::smem_address(&control.decoded[slot]);
-        if (!state.template wait_local<false>(decoded, parity)) break;
+        const bool is_early = kRole == Role::kLoader && state.is_first_instruction();
+        if (is_early) {
+            ptx::named_barrier_sync(kFirstWordsBarrier, 2 * kWarpThreads);
+        } else {
+            // Nothing of a slot that never came may be read: the failed CTA stops here.
+            const uint32_t decoded = ptx::smem_address(&control.decoded[slot]);
+            if (!state.template wait_local<false>(decoded, parity)) break;
+        }
         // The end of the queue is no opcode, nor is what the controller refuses.
         const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
             using Part = RoleOf<kRole, Op>;
-            if (!waits_itself<Part>() && state.index() == 0) ptx::wait_for_earlier_kernels();
+            if (!joins_itself<Part>() && is_early) State<Config>::join_cta();
+            if (!waits_itself<Part>() && state.is_first_instruction()) {
+                ptx::wait_for_earlier_kernels();
+            }
             Part::run(globals, state);
             __syncwarp();
             if (kRole == Op::kPrefetchGate && is_first_lane()) {
                 ptx::mbar_arrive(ptx::smem_address(&control.loads_issued[slot]));
             }
         });
-        if (!known) break;
+        if (!known) {
+            if (is_early) State<Config>::join_cta();
+            break;
+        }
         if (is_first_lane()) {
             state.watchdog().clear_note();
             ptx::mbar_arrive(ptx::smem_address(&control.retired[slot]));

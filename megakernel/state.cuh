@@ -22,6 +22,15 @@ class State {
     __device__ int32_t opcode() const { return word(kWordOpcode); }
     __device__ int32_t uid() const { return word(kWordUid); }
 
+    // Once by each role, before it waits for anything or tells anybody: now mbarriers are there,
+    // here and in the other CTAs of the cluster. A part with a member kJoinsCta has the words
+    // before, and calls this by itself if its instruction is the CTA's first.
+    __device__ static void join_cta() {
+        ptx::cluster_wait();
+        __syncthreads();
+    }
+    __device__ bool is_first_instruction() const { return index_ == 0; }
+
     // ---- pages ------------------------------------------------------------------
 
     // Pages are numbered in the order in which the instruction asks for them.
@@ -34,8 +43,10 @@ class State {
     // every page of every instruction, in queue order, and nobody else does. A role that needs to
     // know is told through a semaphore.
     __device__ bool wait_page(int logical) const {
-        return wait_local(page_free(logical), (index_ + 1) & 1);
+        return wait_local(page_free(logical), pages_phase());
     }
+    // Parity of the phase in which the instruction before lets go of its pages.
+    __device__ uint32_t pages_phase() const { return (index_ + 1) & 1; }
 
     // Hands a page to the next instruction. Every page of every instruction must be released by
     // kPageReleaseArrivals arrivals; call from one lane.

@@ -1,4 +1,5 @@
-// Where the reductions go among the tasks that wait for nothing.
+// The order of the queue: where no-ops go, and where the reductions go among the tasks that wait
+// for nothing.
 #pragma once
 
 #include <cstdint>
