@@ -52,13 +52,13 @@ struct MlaPartial {
             with_kv_loader(g, work, lane, [&](auto& kv) {
                 const Query q(g, state, work);
                 const Tile first(g, state, 0, mk::Role::kLoader);
-                if (state.is_first_instruction()) State::join_cta();
+                if (state.index() == 0) State::join_cta();
                 q.wait_pages(state);
                 kv.begin_tile(0);
                 kv.wait_for_earlier_kernels();
                 if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
                 const auto has_begun = [&] {
-                    if (kv.were_right()) {
+                    if (state.index() > 0 || kv.were_right()) {
                         q.tell();
                         return true;
                     }

@@ -15,7 +15,8 @@ inline constexpr int kOpcodeEndOfQueue = -1;
 inline constexpr int kHopperSmemBytes = 227 * 1024;  // most that one CTA may ask for
 inline constexpr int kHopperRegisters = 64 * 1024;
 
-// Named barrier that the framework uses for itself, besides 0; opcodes have the others.
+// Named barriers that the framework uses for itself; opcodes have the others.
+inline constexpr int kJoinedBarrier = 0;
 inline constexpr int kFirstWordsBarrier = 15;
 
 // CTAs of the largest cluster that every Hopper GPU can launch.

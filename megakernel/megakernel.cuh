@@ -77,8 +77,12 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     // No CTA of a cluster leaves before all have sent what they send to it, even in a launch that
     // failed.
     __syncwarp();
-    ptx::cluster_arrive();
-    ptx::cluster_wait();
+    if (ptx::cluster_size() > 1) {
+        ptx::cluster_arrive();
+        ptx::cluster_wait();
+    } else {
+        __syncthreads();
+    }
     if (control_block<Config>().failure.raised == 0) return;
     if (threadIdx.x == 0) publish_failure<Config>(args);
     let_copies_land();

@@ -356,6 +356,12 @@ __device__ __forceinline__ uint32_t cluster_rank() {
     return rank;
 }
 
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t size;
+    asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
 // The address of the same place in the shared memory of another CTA of the cluster.
 __device__ __forceinline__ uint32_t address_at(uint32_t address, uint32_t rank) {
     uint32_t there;

@@ -24,7 +24,8 @@ template <class Part>
 constexpr bool waits_itself() {
     return requires { Part::kWaitsForEarlierKernels; };
 }
-// The loader, which everybody waits for, begins as soon as the first instruction's words are there.
+// The loader, for which everybody waits, has the first instruction's words as soon as they are
+// there.
 template <class Part>
 constexpr bool joins_itself() {
     return requires { Part::kJoinsCta; };
@@ -43,8 +44,8 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         const int slot = state.slot();
         ControlBlock<Config>& control = state.control();
         const uint32_t parity = (state.index() / Config::kInstructionRing) & 1;
-        const bool is_early = kRole == Role::kLoader && state.is_first_instruction();
-        if (is_early) {
+        const bool has_words_only = kRole == Role::kLoader && state.index() == 0;
+        if (has_words_only) {
             ptx::named_barrier_sync(kFirstWordsBarrier, 2 * kWarpThreads);
         } else {
             // Nothing of a slot that never came may be read: the failed CTA stops here.
@@ -54,10 +55,8 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         // The end of the queue is no opcode, nor is what the controller refuses.
         const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
             using Part = RoleOf<kRole, Op>;
-            if (!joins_itself<Part>() && is_early) State<Config>::join_cta();
-            if (!waits_itself<Part>() && state.is_first_instruction()) {
-                ptx::wait_for_earlier_kernels();
-            }
+            if (!joins_itself<Part>() && has_words_only) State<Config>::join_cta();
+            if (!waits_itself<Part>() && state.index() == 0) ptx::wait_for_earlier_kernels();
             Part::run(globals, state);
             __syncwarp();
             if (kRole == Op::kPrefetchGate && is_first_lane()) {
@@ -65,7 +64,7 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
             }
         });
         if (!known) {
-            if (is_early) State<Config>::join_cta();
+            if (has_words_only) State<Config>::join_cta();
             break;
         }
         if (is_first_lane()) {

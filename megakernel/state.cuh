@@ -23,13 +23,13 @@ class State {
     __device__ int32_t uid() const { return word(kWordUid); }
 
     // Once by each role, before it waits for anything or tells anybody: now mbarriers are there,
-    // here and in the other CTAs of the cluster. A part with a member kJoinsCta has the words
-    // before, and calls this by itself if its instruction is the CTA's first.
+    // here and in the other CTAs of the cluster. A part with a member kJoinsCta is given the words
+    // before that, and calls this by itself if its instruction is the CTA's first. (So roles come
+    // here in several places, which __syncthreads forbids, and a cluster of one is such a barrier.)
     __device__ static void join_cta() {
-        ptx::cluster_wait();
-        __syncthreads();
+        if (ptx::cluster_size() > 1) ptx::cluster_wait();
+        ptx::named_barrier_sync(kJoinedBarrier, kNumThreads<Config>);
     }
-    __device__ bool is_first_instruction() const { return index_ == 0; }
 
     // ---- pages ------------------------------------------------------------------
 

@@ -206,6 +206,19 @@ def test_digest_ignores_what_is_no_source(sources: Path) -> None:
     assert source_digest.source_digest(sources) == before
 
 
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [("build", "NVCC_FLAGS"), ("build", "CXX_FLAGS"), ("fetch_thunderkittens", "SHA256")],
+)
+def test_digest_changes_with_what_else_decides_the_machine_code(
+    sources: Path, monkeypatch: pytest.MonkeyPatch, module: str, setting: str
+) -> None:
+    before = source_digest.source_digest(sources)
+    of = getattr(source_digest, module)
+    monkeypatch.setattr(of, setting, getattr(of, setting) + " ")
+    assert source_digest.source_digest(sources) != before
+
+
 def valid_results(digest: str = "d1") -> dict[str, object]:
     row = Row(shapes.SHAPES["B8_1k_q1_h16"], "mla_decode", us=4.0, rel_err=2e-3)
     return {
