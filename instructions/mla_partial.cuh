@@ -41,7 +41,7 @@ struct MlaPartial {
         // Where to look for block ids, if nothing but the words says so, is known before: the KV
         // loader waits when it reads them.
         static constexpr bool kWaitsForEarlierKernels = true;
-        static constexpr bool kJoinsCta = true;
+        static constexpr bool kStartsFromWords = true;
 
         __device__ static void run(const MlaGlobals& g, State& state) {
             const int lane = threadIdx.x % mk::kWarpThreads;
@@ -52,7 +52,7 @@ struct MlaPartial {
             with_kv_loader(g, work, lane, [&](auto& kv) {
                 const Query q(g, state, work);
                 const Tile first(g, state, 0, mk::Role::kLoader);
-                if (state.index() == 0) State::join_cta();
+                if (state.index() == 0) state.wait_begun();
                 q.wait_pages(state);
                 kv.begin_tile(0);
                 kv.wait_for_earlier_kernels();

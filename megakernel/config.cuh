@@ -16,8 +16,10 @@ inline constexpr int kHopperSmemBytes = 227 * 1024;  // most that one CTA may as
 inline constexpr int kHopperRegisters = 64 * 1024;
 
 // Named barriers that the framework uses for itself; opcodes have the others.
-inline constexpr int kJoinedBarrier = 0;
+inline constexpr int kBegunBarrier = 14;  // of all roles but the loader
+// The first instruction's words are there, and what waits are made of: storer, controller, loader.
 inline constexpr int kFirstWordsBarrier = 15;
+inline constexpr int kFirstWordsThreads = 3 * kWarpThreads;
 
 // CTAs of the largest cluster that every Hopper GPU can launch.
 inline constexpr int kMaxClusterCtas = 8;

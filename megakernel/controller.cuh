@@ -142,7 +142,7 @@ class Controller {
         control.words[slot][lane] = word;
         if (lane == 0) control.ticket[slot] = ticket;
         __syncwarp();
-        if (state.index() == 0) ptx::named_barrier_arrive(kFirstWordsBarrier, 2 * kWarpThreads);
+        if (state.index() == 0) ptx::named_barrier_arrive(kFirstWordsBarrier, kFirstWordsThreads);
         Ops::visit(opcode, [&]<class Op>(std::type_identity<Op>) {
             static_assert(Op::kNumSemaphores <= Config::kSemaphoresPerInstruction);
             // By one lane: the hardware takes mbarriers to build from one lane after the other.

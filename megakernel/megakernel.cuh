@@ -48,13 +48,22 @@ __global__ void __launch_bounds__(kNumThreads<Config>, 1)
     const Role role = role_of_warp<Config>(warp);
     ptx::allow_next_kernel();
     if (role == Role::kLauncher && threadIdx.x % kWarpThreads == 0) globals.prefetch();
-    if (role == Role::kStorer) init_control_block<Config>();  // while the controller fetches
+    if (role == Role::kStorer) {  // while the controller fetches
+        init_control_block<Config>();
+        __syncwarp();
+        ptx::named_barrier_arrive(kFirstWordsBarrier, kFirstWordsThreads);
+    }
     __syncwarp();
     ptx::cluster_arrive();
     // Earlier kernels may still run. What they may have written each role waits for when it has its
     // first instruction.
     if (role == Role::kController) Controller<Config, Ops>::begin(globals);
-    if (role != Role::kLoader) State<Config>::join_cta();
+    // The loader, for which everybody waits, goes on as soon as there are words. (A barrier of all
+    // threads, and a cluster of one is such a barrier, is to be reached in one place.)
+    if (role != Role::kLoader) {
+        if (ptx::cluster_size() > 1) ptx::cluster_wait();  // for mbarriers of the other CTAs
+        ptx::named_barrier_sync(kBegunBarrier, kNumThreads<Config> - kWarpThreads);
+    }
 
     if (role == Role::kConsumer) {
         ptx::move_registers<Config::kLaunchRegisters, Config::kConsumerRegisters>();

@@ -24,11 +24,11 @@ template <class Part>
 constexpr bool waits_itself() {
     return requires { Part::kWaitsForEarlierKernels; };
 }
-// The loader, for which everybody waits, has the first instruction's words as soon as they are
-// there.
+// A loader may start as soon as the CTA's first instruction has words, if it says so by a member
+// kStartsFromWords, and then calls State::wait_begun.
 template <class Part>
-constexpr bool joins_itself() {
-    return requires { Part::kJoinsCta; };
+constexpr bool starts_from_words() {
+    return requires { Part::kStartsFromWords; };
 }
 
 template <class Config>
@@ -43,19 +43,16 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
     for (;; state.advance()) {
         const int slot = state.slot();
         ControlBlock<Config>& control = state.control();
-        const uint32_t parity = (state.index() / Config::kInstructionRing) & 1;
         const bool has_words_only = kRole == Role::kLoader && state.index() == 0;
         if (has_words_only) {
-            ptx::named_barrier_sync(kFirstWordsBarrier, 2 * kWarpThreads);
-        } else {
-            // Nothing of a slot that never came may be read: the failed CTA stops here.
-            const uint32_t decoded = ptx::smem_address(&control.decoded[slot]);
-            if (!state.template wait_local<false>(decoded, parity)) break;
+            ptx::named_barrier_sync(kFirstWordsBarrier, kFirstWordsThreads);
+        } else if (!state.wait_decoded()) {
+            break;  // nothing of a slot that never came may be read: the failed CTA stops here
         }
         // The end of the queue is no opcode, nor is what the controller refuses.
         const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
             using Part = RoleOf<kRole, Op>;
-            if (!joins_itself<Part>() && has_words_only) State<Config>::join_cta();
+            if (has_words_only && !starts_from_words<Part>()) state.wait_begun();
             if (!waits_itself<Part>() && state.index() == 0) ptx::wait_for_earlier_kernels();
             Part::run(globals, state);
             __syncwarp();
@@ -64,7 +61,7 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
             }
         });
         if (!known) {
-            if (has_words_only) State<Config>::join_cta();
+            if (has_words_only) state.wait_begun();
             break;
         }
         if (is_first_lane()) {

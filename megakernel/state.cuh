@@ -22,13 +22,17 @@ class State {
     __device__ int32_t opcode() const { return word(kWordOpcode); }
     __device__ int32_t uid() const { return word(kWordUid); }
 
-    // Once by each role, before it waits for anything or tells anybody: now mbarriers are there,
-    // here and in the other CTAs of the cluster. A part with a member kJoinsCta is given the words
-    // before that, and calls this by itself if its instruction is the CTA's first. (So roles come
-    // here in several places, which __syncthreads forbids, and a cluster of one is such a barrier.)
-    __device__ static void join_cta() {
+    // For a loader with a member kStartsFromWords, in the CTA's first instruction, before it waits
+    // for anything or tells anybody: until mbarriers stand, here and in the other CTAs of the
+    // cluster.
+    __device__ void wait_begun() const {
         if (ptx::cluster_size() > 1) ptx::cluster_wait();
-        ptx::named_barrier_sync(kJoinedBarrier, kNumThreads<Config>);
+        wait_decoded();
+    }
+    // False: the CTA has failed, and the instruction may never come.
+    __device__ bool wait_decoded() const {
+        const uint32_t parity = (index_ / Config::kInstructionRing) & 1;
+        return wait_local<false>(ptx::smem_address(&control().decoded[slot()]), parity);
     }
 
     // ---- pages ------------------------------------------------------------------
