@@ -52,7 +52,7 @@ struct MlaPartial {
             with_kv_loader(g, work, lane, [&](auto& kv) {
                 const Query q(g, state, work);
                 const Tile first(g, state, 0, mk::Role::kLoader);
-                if (state.index() == 0) state.wait_decoded();
+                if (state.index() == 0) state.wait_begun();
                 q.wait_pages(state);
                 kv.begin_tile(0);
                 kv.wait_for_earlier_kernels();
