@@ -14,7 +14,7 @@ from fake_timing import L2_BYTES, FakeGpu, fake_gpu
 
 from benchmarks import bench, case, measure, report
 from benchmarks.implementations import NotOfferedError, Prepared
-from benchmarks.measure import WARMUP_REPLAYS, Row
+from benchmarks.measure import FLUSHES, WARMUP_REPLAYS, Row
 from benchmarks.shapes import Floor, Shape
 
 REPLAYS = 5
@@ -96,7 +96,8 @@ def test_outputs_are_poisoned_and_l2_is_flushed_directly_before_each_timed_repla
 ) -> None:
     row_of(implementation(gpu))
     warm_up = ["event", "replay", "event"] * WARMUP_REPLAYS
-    timed = [*["poison"] * CALLS, "flush", "event", "replay", "event"] * REPLAYS
+    before = [*["poison"] * CALLS, *["flush"] * FLUSHES]
+    timed = [*before, "event", "replay", "event"] * REPLAYS
     assert gpu.log == warm_up + timed
 
 
