@@ -6,10 +6,13 @@ afterwards whether they still are.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import mla_decode
 import pytest
 import torch
-from mla_decode.reference import attention, compare, make_case
+from mla_decode.reference import Case, Errors, attention, compare, make_case
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +30,17 @@ def write_late(to: torch.Tensor, what: torch.Tensor) -> None:
     _late_write.run(*addresses, to.numel(), LATE_NS, stream, torch.cuda.current_device())
 
 
+def decode_behind(case: Case, ids: torch.Tensor, **options: Any) -> Errors:
+    """Decode while another kernel is about to write these ids into the block table."""
+    expected = attention(replace(case, block_table=ids))
+    out, lse = case.poisoned_outputs()
+    write_late(case.block_table, ids)
+    arguments = case.q, case.kv_cache, case.block_table, case.seq_lens
+    mla_decode.decode(*arguments, softmax_scale=case.softmax_scale, out=out, lse=lse, **options)
+    mla_decode.synchronize()
+    return compare(out, lse, *expected)
+
+
 @pytest.mark.parametrize("old", ("other blocks", "no blocks"))
 @pytest.mark.parametrize("block_size", (64, 128, 32, 16, 1))
 @pytest.mark.parametrize("num_heads", (16, 32, 128))
@@ -36,7 +50,6 @@ def test_the_ids_that_count_are_those_of_the_kernel_before(
     lengths = [700, 65, 3000, 1, 128]
     case = make_case(lengths, num_heads, 1, block_size, device="cuda")
     plan = mla_decode.plan(lengths, num_heads)
-    expected = attention(case)
     right = case.block_table.clone()
     if old == "other blocks":
         wrong = right.flip(0).roll(1, 1).contiguous()
@@ -44,35 +57,9 @@ def test_the_ids_that_count_are_those_of_the_kernel_before(
         wrong = torch.where(right % 2 == 0, torch.iinfo(torch.int32).max, -right - 1)
     for _ in range(REPEATS):
         case.block_table.copy_(wrong)
-        out, lse = case.poisoned_outputs()
-        write_late(case.block_table, right)
-        mla_decode.decode(
-            case.q,
-            case.kv_cache,
-            case.block_table,
-            case.seq_lens,
-            plan=plan,
-            softmax_scale=case.softmax_scale,
-            out=out,
-            lse=lse,
-        )
-        mla_decode.synchronize()
-        assert compare(out, lse, *expected).passed
+        assert decode_behind(case, right, plan=plan).passed
 
 
-def test_ids_that_stay_need_no_second_look() -> None:
-    """The same with what is there already: what a test of late ids is compared with."""
+def test_ids_that_stay_are_right_at_once() -> None:
     case = make_case([700, 65, 3000], 16, 1, 64, device="cuda")
-    out, lse = case.poisoned_outputs()
-    write_late(case.block_table, case.block_table.clone())
-    mla_decode.decode(
-        case.q,
-        case.kv_cache,
-        case.block_table,
-        case.seq_lens,
-        softmax_scale=case.softmax_scale,
-        out=out,
-        lse=lse,
-    )
-    mla_decode.synchronize()
-    assert compare(out, lse, *attention(case)).passed
+    assert decode_behind(case, case.block_table.clone()).passed
