@@ -30,8 +30,8 @@ from benchmarks.shapes import ASSUMED, Floor, Shape
 
 REPLAYS = 20
 WARMUP_REPLAYS = 3
-# Each reads 200 MB on an H200, some 50 us, in which a busy host may not get a replay enqueued: what the GPU then waits
-# for it would be counted, up to 2 us a call.
+# Each reads 200 MB on an H200, some 50 us, in which a busy host may not get a replay enqueued: what
+# the GPU then waits for it would be counted, up to 2 us a call.
 FLUSHES = 4
 MAX_REL_ERR = 3e-3  # of O against float64, relative L2
 # The same of the rows of one request, which long ones need: their O is small, and a wrong one hides
