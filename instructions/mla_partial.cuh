@@ -38,8 +38,8 @@ struct MlaPartial {
     };
 
     struct Loader {
-        // Where to look for block ids, if nothing but the words says so, is known before: the KV
-        // loader waits when it reads them.
+        // Where nothing but the words says where block ids lie, these are read before, and read
+        // again when the kernels before have ended: see KV loaders.
         static constexpr bool kWaitsForEarlierKernels = true;
         static constexpr bool kStartsFromWords = true;
 
@@ -52,7 +52,7 @@ struct MlaPartial {
             with_kv_loader(g, work, lane, [&](auto& kv) {
                 const Query q(g, state, work);
                 const Tile first(g, state, 0, mk::Role::kLoader);
-                if (state.index() == 0) state.wait_begun();
+                if (state.index() == 0) state.wait_decoded();
                 q.wait_pages(state);
                 kv.begin_tile(0);
                 kv.wait_for_earlier_kernels();

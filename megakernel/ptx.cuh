@@ -333,11 +333,6 @@ __device__ __forceinline__ void store_relaxed_gpu_16_bytes(void* pointer,
         : "memory");
 }
 
-// What is there may still be written: L2 is where all see the same.
-__device__ __forceinline__ void prefetch_to_l2(const void* pointer) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
-}
-
 __device__ __forceinline__ void store_relaxed_gpu(int32_t* pointer, int32_t value) {
     asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
 }

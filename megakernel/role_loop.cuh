@@ -25,7 +25,7 @@ constexpr bool waits_itself() {
     return requires { Part::kWaitsForEarlierKernels; };
 }
 // A loader may start as soon as the CTA's first instruction has words, if it says so by a member
-// kStartsFromWords, and then calls State::wait_begun.
+// kStartsFromWords, and then calls State::wait_decoded.
 template <class Part>
 constexpr bool starts_from_words() {
     return requires { Part::kStartsFromWords; };
@@ -52,7 +52,7 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
         // The end of the queue is no opcode, nor is what the controller refuses.
         const bool known = Ops::visit(state.opcode(), [&]<class Op>(std::type_identity<Op>) {
             using Part = RoleOf<kRole, Op>;
-            if (has_words_only && !starts_from_words<Part>()) state.wait_begun();
+            if (has_words_only && !starts_from_words<Part>()) state.wait_decoded();
             if (!waits_itself<Part>() && state.index() == 0) ptx::wait_for_earlier_kernels();
             Part::run(globals, state);
             __syncwarp();
@@ -60,10 +60,9 @@ __device__ void run_role(const Globals& globals, State<Config>& state) {
                 ptx::mbar_arrive(ptx::smem_address(&control.loads_issued[slot]));
             }
         });
-        if (!known) {
-            if (has_words_only) state.wait_begun();
-            break;
-        }
+        // What other CTAs of the cluster have is nothing to a loader, but an arrival has its wait.
+        if (has_words_only && ptx::cluster_size() > 1) ptx::cluster_wait();
+        if (!known) break;
         if (is_first_lane()) {
             state.watchdog().clear_note();
             ptx::mbar_arrive(ptx::smem_address(&control.retired[slot]));

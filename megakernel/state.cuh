@@ -22,14 +22,9 @@ class State {
     __device__ int32_t opcode() const { return word(kWordOpcode); }
     __device__ int32_t uid() const { return word(kWordUid); }
 
-    // For a loader with a member kStartsFromWords, in the CTA's first instruction, before it waits
-    // for anything or tells anybody: until mbarriers stand, here and in the other CTAs of the
-    // cluster.
-    __device__ void wait_begun() const {
-        if (ptx::cluster_size() > 1) ptx::cluster_wait();
-        wait_decoded();
-    }
-    // False: the CTA has failed, and the instruction may never come.
+    // Until the instruction's semaphores stand. Of opcodes only a loader with a member
+    // kStartsFromWords calls this, in the CTA's first instruction, before it waits for anything or
+    // tells anybody. False: the CTA has failed, and the instruction may never come.
     __device__ bool wait_decoded() const {
         const uint32_t parity = (index_ / Config::kInstructionRing) & 1;
         return wait_local<false>(ptx::smem_address(&control().decoded[slot()]), parity);
