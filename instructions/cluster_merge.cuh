@@ -51,6 +51,9 @@ class ClusterMerge {
     static_assert(kNumClusterBarriers <= Config::kNumClusterBarriers);
 
     static constexpr bool kSendsHalves = !Config::kNarrow;
+    // To copy them to the inbox is in the way of what is sent. (Rows of a narrow kernel are staged
+    // sixteen at a time. With a page for the others it is up to 2% slower, H200.)
+    static constexpr bool kOwnStayStaged = !Config::kNarrow;
 
     // A thread sums four columns of a row, a team of threads a chunk.
     static constexpr int kTeamThreads = kColumnChunk / 4;
@@ -72,7 +75,7 @@ class ClusterMerge {
     using Sent = std::conditional_t<kSendsHalves, kittens::half, float>;
 
     __device__ ClusterMerge(const MlaGlobals& g, const State& state, const PartialWork& work)
-        : g(g), state(state), work(work) {}
+        : g(g), state(state), work(work), inbox(mk::ptx::smem_address(state.page(kInboxPage))) {}
 
     // By one warp, when all consumers have read what lies in the inbox.
     __device__ void open_inbox() const {
@@ -107,15 +110,15 @@ class ClusterMerge {
     // Returns what sends 16 bytes of a row's columns, from `col` on, to the mate whose they are.
     __device__ auto sender(int col) const {
         const int mate = col >> chunks_log2() + kChunkColumnsLog2;
-        const bool is_own = mate == work.mate;
-        const uint32_t own = inbox() + work.mate * row_bytes(kChunkBytes << chunks_log2()) +
+        const uint32_t own = inbox + work.mate * row_bytes(kChunkBytes << chunks_log2()) +
                              (col - first_col(mate)) * static_cast<uint32_t>(sizeof(Sent));
+        const bool is_own = mate == work.mate, copies = is_own && !kOwnStayStaged;
         const uint32_t first = is_own ? own : at_mate(own, mate);
         const uint32_t here = at_mate(state.cluster_barrier(kColumnsHere), mate);
         const uint32_t step = kChunkBytes << chunks_log2();
         const bool sends = !is_own && !state.failed();
-        return [is_own, sends, first, here, step](int row, const float4& columns) {
-            if (is_own) {
+        return [copies, sends, first, here, step](int row, const float4& columns) {
+            if (copies) {
                 mk::ptx::store_smem_float4(first + row * step, columns);
             } else if (sends) {
                 mk::ptx::send_float4(first + row * step, columns, here);
@@ -123,16 +126,18 @@ class ClusterMerge {
         };
     }
 
-    // By all consumers.
-    __device__ void merge() const {
+    // By all consumers. Own columns that stay where they have been staged are at staged(row,
+    // column).
+    template <class Staged>
+    __device__ void merge(Staged staged) const {
         barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
         state.wait_cluster(kColumnsHere);
         if (work.num_mates == 2) {
-            add_up<2>();
+            add_up<2>(staged);
         } else if (work.num_mates == 4) {
-            add_up<4>();
+            add_up<4>(staged);
         } else {
-            add_up<8>();
+            add_up<8>(staged);
         }
     }
 
@@ -154,7 +159,7 @@ class ClusterMerge {
             const bool seen = total > 0.f;  // did any mate see a key
             if (work.mate == 0) work.store_lse(g, row, seen ? top + __log2f(total) : -INFINITY);
             total += mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
-            merged_lse_log2(row) = seen ? top + __log2f(total) : INFINITY;
+            mk::ptx::store_smem_float(merged_lse_log2(row), seen ? top + __log2f(total) : INFINITY);
         }
         __syncwarp();
         if (lane == 0) mk::ptx::mbar_arrive(state.cluster_barrier(kColumnsHere));
@@ -179,6 +184,10 @@ class ClusterMerge {
     const State& state;
     const PartialWork& work;
 
+    // Of each mate, all rows with the columns that are this CTA's; then the notes, and of each row
+    // the LSE of all.
+    const uint32_t inbox;
+
     // Halves have room where Q was, and that is read before the last keys are.
     static constexpr int kInboxPage = kSendsHalves ? 0 : Pages::kQPages;
     static constexpr int kInboxPages = kSendsHalves ? Pages::kQPages : Pages::kRing;
@@ -192,8 +201,6 @@ class ClusterMerge {
     __device__ int chunks_log2() const { return kChunksLog2 - (31 - __clz(work.num_mates)); }
     __device__ int first_col(int mate) const { return mate << chunks_log2() + kChunkColumnsLog2; }
 
-    // In the inbox: of each mate, all rows with the columns that are this CTA's; then the notes.
-    __device__ uint32_t inbox() const { return mk::ptx::smem_address(state.page(kInboxPage)); }
     __device__ uint32_t row_bytes(uint32_t bytes) const { return work.num_rows * bytes; }
     __device__ uint32_t note_offset(int mate, int row) const {
         return row_bytes(kRowBytes) +
@@ -206,7 +213,7 @@ class ClusterMerge {
     __device__ void send(uint32_t offset, int mate, float value, ClusterBarrier here) const {
         if (state.failed()) return;
         mk::ptx::send_float(
-            at_mate(inbox() + offset, mate), value, at_mate(state.cluster_barrier(here), mate));
+            at_mate(inbox + offset, mate), value, at_mate(state.cluster_barrier(here), mate));
     }
     __device__ void expect(ClusterBarrier barrier, uint32_t bytes, int arrivals) const {
         const uint32_t mbar = state.cluster_barrier(barrier);
@@ -214,41 +221,42 @@ class ClusterMerge {
         mk::ptx::mbar_arrive_expect_tx(mbar, bytes);
     }
 
-    __device__ RowNote& note(int mate, int row) const {
-        return *reinterpret_cast<RowNote*>(state.page(kInboxPage) + note_offset(mate, row));
+    __device__ RowNote note(int mate, int row) const {
+        const uint2 bits = mk::ptx::load_smem_uint2(inbox + note_offset(mate, row));
+        return {__uint_as_float(bits.x), __uint_as_float(bits.y)};
     }
 
-    // Of all mates, sinks included; infinite where no mate has seen a key.
-    __device__ float& merged_lse_log2(int row) const {
-        return *reinterpret_cast<float*>(state.page(kInboxPage) + note_offset(work.num_mates, 0) +
-                                         row * sizeof(float));
+    // Where the LSE of all mates is, sinks included; infinite where no mate has seen a key.
+    __device__ uint32_t merged_lse_log2(int row) const {
+        return inbox + note_offset(work.num_mates, 0) + row * static_cast<uint32_t>(sizeof(float));
     }
 
     // The number of mates is known to the compiler: this is executed for every row, and waits for
     // its instructions. A row that saw no key has zeros.
-    template <int kMates>
-    __device__ void add_up() const {
+    template <int kMates, class Staged>
+    __device__ void add_up(Staged staged) const {
         constexpr int kOwnChunks = kChunks / kMates;
         const int team = mk::ptx::thread_in_cta() / kTeamThreads;
         const int col = mk::ptx::thread_in_cta() % kTeamThreads * 4;
-        const uint32_t columns = inbox() + col * static_cast<uint32_t>(sizeof(Sent));
+        const uint32_t columns = inbox + col * static_cast<uint32_t>(sizeof(Sent));
         const uint32_t of_mate = row_bytes(kOwnChunks * kChunkBytes);
         const Destination to = destination(first_col(work.mate) + col);
 #pragma unroll 1
         for (int row = team; row < work.num_rows; row += kTeams) {
             const uint32_t from = columns + row * (kOwnChunks * kChunkBytes);
-            const float merged = merged_lse_log2(row);
+            const uint32_t own = kOwnStayStaged ? staged(row, first_col(work.mate) + col)
+                                                : from + work.mate * of_mate;
+            const float merged = mk::ptx::load_smem_float(merged_lse_log2(row));
             float4 sum[kOwnChunks] = {};
 #pragma unroll
             for (int mate = 0; mate < kMates; ++mate) {
                 const RowNote of_row = note(mate, row);
                 float weight = mk::ptx::exp2_approx(of_row.lse_log2 - merged);
                 if (kSendsHalves) weight *= of_row.scale;
+                const uint32_t of_this = mate == work.mate ? own : from + mate * of_mate;
 #pragma unroll
                 for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
-                    add(sum[chunk],
-                        weight,
-                        four_columns(from + mate * of_mate + chunk * kChunkBytes, Sent{}));
+                    add(sum[chunk], weight, four_columns(of_this + chunk * kChunkBytes, Sent{}));
                 }
             }
             to.store(row, sum, merged == INFINITY ? -INFINITY : merged);

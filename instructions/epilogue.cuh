@@ -28,8 +28,12 @@ __device__ __forceinline__ void clear_rows(uint32_t page, int first) {
 template <class T>
 class Staging {
     static constexpr int kRowBytes = mk::kWarpThreads * sizeof(uint4);
-    static constexpr int kPitch = kRowBytes + 8 * sizeof(T);
     static constexpr int kWarpRows = 16;
+
+  public:
+    static constexpr int kPitch = kRowBytes + 8 * sizeof(T);  // from a row to the next one
+
+  private:
     static constexpr int kWarpBytes = kWarpRows * kPitch;
     static_assert(4 * kWarpBytes <= kHalfTileBytes, "a warpgroup stages in one page");
 

@@ -22,7 +22,9 @@ class NarrowConsumer {
     using Mates = ClusterMerge<Config>;
 
   public:
+    static constexpr bool kWaitsForEarlierKernels = true;
     __device__ static void run(const MlaGlobals& g, State& state) {
+        if (g.cu_seqlens_q != nullptr) mk::ptx::wait_for_earlier_kernels();
         NarrowConsumer consumer(g, state);
         consumer.attend();
         consumer.finish();
@@ -73,6 +75,7 @@ class NarrowConsumer {
         for (Block& block : o.block) kittens::zero(block);
         note_rows();
         state.wait(Pages::kQFull, 0);
+        mk::ptx::wait_for_earlier_kernels();
         if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
     }
 
@@ -233,7 +236,7 @@ class NarrowConsumer {
             }
         };
         store<float>(work.num_rows, [&](int col) { return mates.sender(col); }, begin);
-        mates.merge();
+        mates.merge([](int, int) { return 0u; });
     }
 
     // By each warp for itself, a lane for each row: what the output is to be multiplied with goes

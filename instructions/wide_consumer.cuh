@@ -31,7 +31,9 @@ class WideConsumer {
     using Mates = ClusterMerge<Config>;
 
   public:
+    static constexpr bool kWaitsForEarlierKernels = true;
     __device__ static void run(const MlaGlobals& g, State& state) {
+        if (g.cu_seqlens_q != nullptr) mk::ptx::wait_for_earlier_kernels();
         WideConsumer consumer(g, state);
         consumer.attend();
         consumer.finish();
@@ -90,6 +92,7 @@ class WideConsumer {
         note_visible();
         kittens::zero(o);
         state.wait(Pages::kQFull, 0);
+        mk::ptx::wait_for_earlier_kernels();
         if (threadIdx.x == 0) state.record(mk::TimingWord::kComputeBegin);
     }
 
@@ -321,7 +324,10 @@ class WideConsumer {
             }
         }
         columns.give(work.num_rows, mates.sender(group * kHalfLatent + Columns::first_col()));
-        mates.merge();
+        mates.merge([&](int row, int col) {
+            return page(Pages::kQPages + col / kHalfLatent) + row * Columns::kPitch +
+                   col % kHalfLatent * static_cast<uint32_t>(sizeof(typename Mates::Sent));
+        });
     }
     // Of this half of a row of the output: no less than the largest of them.
     __device__ float sum_of_magnitudes(int i) const {

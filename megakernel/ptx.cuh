@@ -221,6 +221,11 @@ __device__ __forceinline__ uint2 load_smem_uint2(uint32_t address) {
     return value;
 }
 
+__device__ __forceinline__ float load_smem_float(uint32_t address) {
+    float value;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
 __device__ __forceinline__ float4 load_smem_float4(uint32_t address) {
     float4 value;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
