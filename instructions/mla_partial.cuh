@@ -4,7 +4,8 @@
 //     loader     Q once, then KV tiles into a ring of pages, each as a left and a right half
 //     consumers  two warpgroups; where rows are few (up to 32), see narrow_consumer.cuh, where they
 //                are more (up to 64), wide_consumer.cuh
-//     launcher   half of the copies, where they are row by row; waits for what is adopted
+//     launcher   brings the first keys to L2; half of the copies, where they are row by row; waits
+//                for what is adopted
 //     storer     raises the flag of the scratch slot that the consumers have written
 #pragma once
 
@@ -55,6 +56,9 @@ struct MlaPartial {
                 if (state.index() == 0) state.wait_decoded();
                 q.wait_pages(state);
                 kv.begin_tile(0);
+                if constexpr (Config::kWholeTileBoxes) {
+                    if (state.index() == 0) state.leave_note(kv.place());
+                }
                 kv.wait_for_earlier_kernels();
                 if (lane == 0) state.record(mk::TimingWord::kLoadBegin);
                 const auto has_begun = [&] {
@@ -135,7 +139,15 @@ struct MlaPartial {
         std::conditional_t<Config::kNarrow, NarrowConsumer<Config>, WideConsumer<Config>>;
 
     struct Launcher {
+        static constexpr bool kWaitsForEarlierKernels = true;
+
         __device__ static void run(const MlaGlobals& g, State& state) {
+            // While the kernels before still run keys may not be read. But they may be brought to
+            // L2, through which all writes go, by block ids that may be old.
+            if constexpr (Config::kWholeTileBoxes) {
+                if (state.index() == 0) bring_to_l2(g, state.template read_note<BoxPlace>());
+            }
+            mk::ptx::wait_for_earlier_kernels();
             if constexpr (!Config::kWholeTileBoxes) {
                 const PartialWork work(g, state.words());
                 if (copied_by_lanes(g) && 2 * work.num_tiles > Pages::kRing) {

@@ -16,6 +16,8 @@ inline constexpr int kHopperSmemBytes = 227 * 1024;  // most that one CTA may as
 inline constexpr int kHopperRegisters = 64 * 1024;
 
 // Named barriers that the framework uses for itself; opcodes have the others.
+inline constexpr int kNoteBarrier = 13;  // the loader has left a note for the launcher
+inline constexpr int kNoteThreads = 2 * kWarpThreads;
 inline constexpr int kBegunBarrier = 14;  // of all roles but the loader
 // The first instruction's words are there, and what waits are made of: storer, controller, loader.
 inline constexpr int kFirstWordsBarrier = 15;

@@ -36,6 +36,7 @@ struct ControlBlock {
     // For what CTAs of a cluster do together in their first instruction.
     uint64_t cluster_barriers[Config::kNumClusterBarriers];
 
+    int32_t loaders_note[4];          // see State::leave_note
     int32_t epoch;                    // see launch_epoch
     int32_t wait_of_role[kNumRoles];  // what it waits for, see Watchdog::note; 0: nothing
     CtaFailure failure;

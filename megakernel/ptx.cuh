@@ -176,6 +176,29 @@ __device__ __forceinline__ void tensor_load_5d(uint32_t dst,
         : "memory");
 }
 
+// To L2 only.
+__device__ __forceinline__ void tensor_prefetch_4d(
+    const CUtensorMap& map, int c0, int c1, int c2, int c3) {
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map),
+        "r"(c0),
+        "r"(c1),
+        "r"(c2),
+        "r"(c3)
+        : "memory");
+}
+__device__ __forceinline__ void tensor_prefetch_5d(
+    const CUtensorMap& map, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map),
+        "r"(c0),
+        "r"(c1),
+        "r"(c2),
+        "r"(c3),
+        "r"(c4)
+        : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }

@@ -95,6 +95,25 @@ class State {
         return ptx::mbar_test_wait(semaphore(index), phase & 1);
     }
 
+    // ---- from the loader to the launcher --------------------------------------------
+
+    // In the CTA's first instruction the loader's warp may leave a note, which the launcher's reads
+    // when it is there. If one does so, so has the other.
+    template <class Note>
+    __device__ void leave_note(const Note& note) const {
+        static_assert(sizeof(Note) <= sizeof(control().loaders_note));
+        if (ptx::thread_in_cta() % kWarpThreads == 0) {
+            *reinterpret_cast<Note*>(control().loaders_note) = note;
+        }
+        __syncwarp();
+        ptx::named_barrier_arrive(kNoteBarrier, kNoteThreads);
+    }
+    template <class Note>
+    __device__ Note read_note() const {
+        ptx::named_barrier_sync(kNoteBarrier, kNoteThreads);
+        return *reinterpret_cast<const Note*>(control().loaders_note);
+    }
+
     // ---- other CTAs of the cluster ------------------------------------------------
 
     // mbarrier that stands there from the launch on, for CTAs of one cluster. Its one phase ends
