@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -321,6 +322,16 @@ def test_fake_plans_have_the_rows_of_real_ones(total_tokens: int) -> None:
         fake_offsets = mode.from_tensor(offsets)
         fake = OPS.plan(mode.from_tensor(lengths), 16, 4, cu_seqlens_q=fake_offsets, **options)
     assert real.shape == fake.shape
+
+
+@pytest.mark.parametrize("shape", ((), (2, 1)))
+def test_lengths_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    lengths = torch.full(shape, 65, dtype=torch.int32)
+    message = re.escape(f"seq_lens: expected shape [batch], got {list(shape)}")
+    with pytest.raises(ShapeError, match=message):
+        OPS.plan(lengths, 16, max_seq_len=100)
+    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(ShapeError, match=message):
+        OPS.plan(mode.from_tensor(lengths), 16, max_seq_len=100)
 
 
 def test_ragged_plans_need_their_rows() -> None:

@@ -137,7 +137,7 @@ def _plan(
 ) -> torch.Tensor:
     _require_total_tokens(cu_seqlens_q, total_tokens)
     made = DevicePlan(
-        int(seq_lens.shape[0]),
+        _batch_of(seq_lens),
         num_heads,
         new_tokens if cu_seqlens_q is None else MAX_NEW_TOKENS,
         num_kv_heads=num_kv_heads,
@@ -150,6 +150,12 @@ def _plan(
     )
     made.update(seq_lens, cu_seqlens_q, kv_indptr=kv_indptr, block_size=block_size)
     return made.instructions
+
+
+def _batch_of(seq_lens: torch.Tensor) -> int:
+    if seq_lens.dim() != 1:
+        raise ShapeError(f"seq_lens: expected shape [batch], got {list(seq_lens.shape)}")
+    return int(seq_lens.shape[0])
 
 
 # Shapes, for fake tensors
@@ -197,8 +203,9 @@ def _fake_plan(
     del kv_indptr, block_size
     _require_total_tokens(cu_seqlens_q, total_tokens)
     s_q = new_tokens if cu_seqlens_q is None else 0
-    total = int(seq_lens.shape[0]) * new_tokens if total_tokens is None else int(total_tokens)
-    sizes = (int(seq_lens.shape[0]), s_q, total, int(num_heads), int(num_kv_heads))
+    batch = _batch_of(seq_lens)
+    total = batch * new_tokens if total_tokens is None else int(total_tokens)
+    sizes = (batch, s_q, total, int(num_heads), int(num_kv_heads))
     workers = _num_workers(seq_lens.device)
     rows, _ = _room(sizes, int(max_seq_len), workers, batch_invariant)
     return seq_lens.new_empty((rows, INSTRUCTION_WORDS), dtype=torch.int32)
