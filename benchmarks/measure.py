@@ -78,7 +78,7 @@ class Row:
             "us": round(self.us, 3),
             "gbps": round(self.gbps, 1),
             "tflops": round(self.tflops, 2),
-            "floor_us": round(self.floor_us, 2),
+            "floor_us": round(self.floor_us, 4),
             "rel_err": self.rel_err,
         }
 

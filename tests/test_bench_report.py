@@ -48,7 +48,7 @@ def test_the_report_shows_every_row(rows: list[Row], tmp_path: Path) -> None:
     with (page.parent / "table.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [float(line["us"]) for line in table] == [round(row.us, 3) for row in rows]
-    assert [float(line["floor_us"]) for line in table] == [round(row.floor_us, 2) for row in rows]
+    assert [float(line["floor_us"]) for line in table] == [round(row.floor_us, 4) for row in rows]
     assert len(json.loads((page.parent / "rows.json").read_text(encoding="utf-8"))) == len(rows)
 
 
