@@ -1,8 +1,9 @@
-"""tools/fit_cost_model.py finds constants again from what they predict."""
+"""tools/fit_cost_model.py finds constants again from what they predict, by times and by choices."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from mla_decode import _scheduler
 from mla_decode._scheduler import CostModel
 
-from tools import fit_cost_model
+from benchmarks.shapes import SHAPES, Shape
+from tools import fit_cost_model, measure_cost_model, refine_cost_model
 
 TRUE_COST = CostModel(
     launch_us=1.4,
@@ -107,3 +109,79 @@ def test_a_run_without_a_time_is_rejected() -> None:
     document = {"runs": [{"seq_lens": [64], "num_heads": 16, "new_tokens": 1}]}
     with pytest.raises(ValueError, match=r"runs\[0\]: expected 'us' or 'timings_us'"):
         fit_cost_model.read_runs(document, CostModel())
+
+
+def planned_in_several_ways() -> dict[str, object]:
+    """Batches under several models, with and without clusters, as TRUE_COST has their times."""
+    rng = random.Random(5)
+    clusters = [(2, 66), (8, 15)]
+    runs = []
+    for i, (seq_lens, heads, tokens) in enumerate(BATCHES):
+        for model in (
+            CostModel(),
+            *(measure_cost_model.other_model(CostModel(), rng) for _ in "ab"),
+        ):
+            for shares in (True, False):
+                plan = _scheduler.plan(
+                    seq_lens, heads, tokens, 132, model, clusters=clusters if shares else []
+                )
+                us = _scheduler.simulate(
+                    plan.instructions, heads, tokens, plan.num_workers, TRUE_COST
+                )[3]
+                how = {"shares": shares, "planned_by": model.as_dict(), "us": us}
+                what = {"seq_lens": seq_lens, "num_heads": heads, "new_tokens": tokens}
+                runs.append({"batch": str(i), **what, **how})
+    return json.loads(  # type: ignore[no-any-return]
+        json.dumps({"num_workers": 132, "clusters": clusters, "runs": runs})
+    )
+
+
+def test_refined_models_choose_better_and_predict_better() -> None:
+    document = planned_in_several_ways()
+    runs_of = {"cost": fit_cost_model.read_runs(document, CostModel())}
+    cheap_merges = CostModel(reduction_fixed_us=0.2, reduction_kib_us=0.002, dependency_us=0.05)
+    refined = refine_cost_model.refine(runs_of, {"cost": cheap_merges}, steps=400)
+    assert refined.batches == len(BATCHES)
+    assert refined.before.regret > 0.005
+    assert refined.after.regret < 0.5 * refined.before.regret
+    assert refined.after.rms < 0.5 * refined.before.rms
+    true_score = refine_cost_model.Measured(runs_of)
+    perfect = true_score.score(true_score.predict("cost", TRUE_COST))
+    assert perfect.regret == 0.0
+    assert perfect.rms < 1e-6
+
+
+def test_refining_leaves_alone_what_is_fixed() -> None:
+    runs_of = {"cost": fit_cost_model.read_runs(planned_in_several_ways(), CostModel())}
+    fixed = [name for name in CostModel().as_dict() if name != "launch_us"]
+    model = refine_cost_model.refine(runs_of, {"cost": CostModel()}, 20, fixed=fixed).models["cost"]
+    differ = {name for name, us in model.as_dict().items() if us != CostModel().as_dict()[name]}
+    assert differ == {"launch_us"}
+
+
+def test_refining_wants_batches_under_several_plans() -> None:
+    runs_of = {"cost": fit_cost_model.read_runs(measurements(False), CostModel())}  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="several plans"):
+        refine_cost_model.refine(runs_of, {"cost": CostModel()}, 1)
+
+
+def test_batches_to_measure_differ_by_their_seed_and_name_no_shape() -> None:
+    first = [shape for shape, _ in zip(measure_cost_model.batches(3), range(90), strict=False)]
+    again = [shape for shape, _ in zip(measure_cost_model.batches(3), range(90), strict=False)]
+    other = [shape for shape, _ in zip(measure_cost_model.batches(4), range(90), strict=False)]
+    assert first == again
+    assert first[0] != other[0]
+    even = [shape for shape in first if shape.name.startswith("even")]
+    assert 20 < len(even) < 45
+    assert not {shape.name for shape in first} & set(SHAPES)
+
+
+@pytest.mark.parametrize(("heads", "sizes"), ((16, {16}), (32, {16, 32}), (128, {16, 32, 64})))
+def test_a_batch_is_planned_in_groups_of_all_sizes(heads: int, sizes: set[int]) -> None:
+    few = Shape("few", (4000, 900), 1, heads)
+    ways = list(measure_cost_model.ways_to_plan(few, 132, "NVIDIA H200", random.Random(0)))
+    assert {way["group_rows"] for way in ways} == sizes
+    assert len(ways) == (2 + measure_cost_model.OTHER_MODELS) * len(sizes)
+    many = Shape("many", (4000,) * 120, 1, heads)
+    ways = list(measure_cost_model.ways_to_plan(many, 132, "NVIDIA H200", random.Random(0)))
+    assert {way["group_rows"] for way in ways} == {max(sizes)}

@@ -2,20 +2,26 @@
 
     python tools/fit_cost_model.py measurements.json --output scheduler/cost_models/NAME.json
 
-``measurements.json`` holds the name of the device and a list of runs::
+``measurements.json``, which tools/measure_cost_model.py writes, holds the name of the device and a
+list of runs::
 
     {"device": "NVIDIA H200", "num_workers": 132, "clusters": [[2, 66], [8, 15]], "runs": [
-        {"seq_lens": [65536], "num_heads": 16, "new_tokens": 1,
+        {"batch": "a name", "seq_lens": [65536], "num_heads": 16, "new_tokens": 1,
+         "group_rows": 64, "shares": true,          # how it was planned, or
+         "planned_by": {"launch_us": 2.1, ...},
          "instructions": [[1, 0, ...], ...],        # the queue that ran, 32 words each
          "us": 28.1,                                # a whole call, and / or
          "timings_us": [[2.0, 21.5], ...]}]}        # start and end of each instruction
 
-A run without ``instructions`` is planned anew, by its ``policy`` and ``split_tiles``, with the
-device's ``clusters`` and under the model that the fit starts from: that of the run, it is assumed.
+A run without ``instructions`` is planned anew, in groups of ``group_rows`` (64), by the constants
+``planned_by`` or else by those that the fit starts from, with the device's ``clusters`` unless
+``shares`` is false.
 
 Every constant is varied by factors, so it stays positive. The residuals are relative, one per
 run for ``us`` and one per instruction for ``timings_us``; the latter weigh as much as the
-former together. What the measurements cannot tell stays where it was.
+former together. What the measurements cannot tell stays where it was. With ``--refine`` the models
+of all kernels are then moved together so that choosing among the plans of a batch costs less, see
+tools/refine_cost_model.py.
 """
 
 from __future__ import annotations
@@ -33,10 +39,13 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "python"))
+sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 from mla_decode import _scheduler, cost  # noqa: E402
 from mla_decode._scheduler import CostModel  # noqa: E402
+from mla_decode.words import MAX_ROWS  # noqa: E402
+
+from tools import refine_cost_model  # noqa: E402
 
 Vector = npt.NDArray[np.float64]
 
@@ -58,11 +67,23 @@ class Run:
     num_workers: int
     us: float | None
     timings_us: Vector | None  # [n, 2]
+    group_rows: int = MAX_ROWS
+    batch: str = ""
+
+    def simulate(self, cost: CostModel) -> tuple[Vector, Vector, float]:
+        """Predict start and end of each instruction and of the whole call, in microseconds."""
+        _, start, end, makespan = _scheduler.simulate(
+            self.instructions,
+            self.num_heads,
+            self.new_tokens,
+            self.num_workers,
+            cost,
+            self.group_rows,
+        )
+        return start, end, makespan
 
     def residuals(self, cost: CostModel) -> Vector:
-        _, start, end, makespan = _scheduler.simulate(
-            self.instructions, self.num_heads, self.new_tokens, self.num_workers, cost
-        )
+        start, end, makespan = self.simulate(cost)
         parts = []
         if self.us is not None:
             parts.append(np.array([makespan / self.us - 1.0]))
@@ -88,19 +109,19 @@ def read_runs(document: dict[str, Any], base: CostModel) -> list[Run]:
     for i, entry in enumerate(document["runs"]):
         num_workers = int(entry.get("num_workers", document.get("num_workers", 132)))
         heads, tokens = int(entry["num_heads"]), int(entry["new_tokens"])
+        group_rows = int(entry.get("group_rows", MAX_ROWS))
         if "instructions" in entry:
             instructions = np.array(entry["instructions"], dtype=np.int32)
         else:
-            policy, split_tiles = entry.get("policy", "balanced"), int(entry.get("split_tiles", 0))
+            planned_by = entry.get("planned_by")
             plan = _scheduler.plan(
                 entry["seq_lens"],
                 heads,
                 tokens,
                 num_workers,
-                base,
-                policy,
-                split_tiles,
-                clusters=clusters,
+                CostModel.from_dict(planned_by) if planned_by else base,
+                clusters=clusters if entry.get("shares", True) else [],
+                group_rows=group_rows,
             )
             instructions, num_workers = plan.instructions, plan.num_workers
         timings = entry.get("timings_us")
@@ -113,7 +134,10 @@ def read_runs(document: dict[str, Any], base: CostModel) -> list[Run]:
             raise ValueError(f"runs[{i}]: expected 'us' or 'timings_us', got neither")
         us = float(entry["us"]) if "us" in entry else None
         timings_us = None if timings is None else np.array(timings, dtype=np.float64)
-        runs.append(Run(instructions, heads, tokens, num_workers, us, timings_us))
+        batch = str(entry.get("batch", i))
+        runs.append(
+            Run(instructions, heads, tokens, num_workers, us, timings_us, group_rows, batch)
+        )
     if not runs:
         raise ValueError("runs: expected at least one, got none")
     return runs
@@ -185,7 +209,8 @@ def by_kernel(entries: list[dict[str, Any]]) -> list[tuple[str, str, list[dict[s
     """Split runs by the kernel that they ran in; key in the file, name, runs."""
     runs: dict[str, list[dict[str, Any]]] = {kernel: [] for kernel in cost.KERNELS}
     for entry in entries:
-        runs[cost.kernel_of(entry["num_heads"] * entry["new_tokens"])].append(entry)
+        rows = min(entry["num_heads"] * entry["new_tokens"], entry.get("group_rows", MAX_ROWS))
+        runs[cost.kernel_of(rows)].append(entry)
     return [(cost.file_key(kernel), kernel, own) for kernel, own in runs.items() if own]
 
 
@@ -205,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="file to start from (default: built in)")
     parser.add_argument("--output", type=Path, help="where to write the model (default: print it)")
     parser.add_argument("--fix", nargs="*", default=[], metavar="NAME", help="constants to keep")
+    parser.add_argument("--refine", type=int, default=0, metavar="STEPS", help="such as 5000")
+    parser.add_argument("--seed", type=int, default=0, help="of the steps that --refine tries")
     options = parser.parse_args(arguments)
 
     document = json.loads(options.measurements.read_text(encoding="utf-8"))
@@ -213,15 +240,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"--fix: no such constant: {', '.join(sorted(unknown))}")
 
-    model = {"device": document.get("device", "unknown"), "fitted_on": date.today().isoformat()}
+    fitted: dict[str, CostModel] = {}
+    runs_of: dict[str, list[Run]] = {}
     notes = []
     for key, kernel, entries in by_kernel(document["runs"]):
         start = CostModel.from_dict(base.get(key, base.get("cost", {})))
-        runs = read_runs(document | {"runs": entries}, start)
-        result = fit(runs, start, options.fix)
+        runs_of[key] = read_runs(document | {"runs": entries}, start)
+        result = fit(runs_of[key], start, options.fix)
         report(kernel, start, result)
-        notes.append(f"{kernel}: {len(runs)} runs, rms error {100 * result.rms_after:.1f}%")
-        model[key] = {name: float(f"{us:.6g}") for name, us in result.cost.as_dict().items()}
+        fitted[key] = result.cost
+        notes.append(f"{kernel}: {len(entries)} runs, rms error {100 * result.rms_after:.1f}%")
+    if options.refine > 0:
+        refined = refine_cost_model.refine(
+            runs_of, fitted, options.refine, options.seed, options.fix
+        )
+        fitted = refined.models
+        notes.append(str(refined))
+        print(refined, file=sys.stderr)
+    model: dict[str, Any] = {
+        "device": document.get("device", "unknown"),
+        "fitted_on": date.today().isoformat(),
+    }
+    for key, chosen in fitted.items():
+        model[key] = {name: float(f"{us:.6g}") for name, us in chosen.as_dict().items()}
     model["note"] = "; ".join(notes)
     text = json.dumps(model, indent=2) + "\n"
     if options.output:
