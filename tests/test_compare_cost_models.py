@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from fake_timing import fake_measure
@@ -10,7 +13,16 @@ from mla_decode import cost
 
 from benchmarks.shapes import Shape, random_shapes
 from tools import compare_cost_models, side_by_side
-from tools.compare_cost_models import PRESENT, batches, compare, plans_of, variant
+from tools.compare_cost_models import (
+    ALL,
+    MODEL_FILE,
+    PRESENT,
+    batches,
+    compare,
+    models_to_compare,
+    plans_of,
+    variant,
+)
 from tools.side_by_side import Gain
 
 SHAPE = Shape("one", (8192,), 1, 16)
@@ -81,6 +93,29 @@ def test_a_wrong_output_is_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gain_is_a_geometric_mean() -> None:
     assert str(Gain([0.5, 2.0])) == "1.0000 over 2 batches, worst 0.500, best 2.000"
+
+
+def test_files_of_constants_are_compared_as_users_plan(tmp_path: Path) -> None:
+    dear = tmp_path / "dear.json"
+    kinds = {cost.file_key(kind): cost.load(None, rows) for kind, rows in cost.KERNELS.items()}
+    constants = {key: variant(model, DEAR).as_dict() for key, model in kinds.items()}
+    dear.write_text(json.dumps(constants), encoding="utf-8")
+    same = tmp_path / "same.json"
+    same.write_text(json.dumps({key: model.as_dict() for key, model in kinds.items()}))
+    models = models_to_compare(ALL, [str(dear), str(same)], "NVIDIA H200")
+    assert list(models) == [PRESENT, str(dear), str(same)]
+    few = Shape("few", (402,), 1, 128)
+    plans = plans_of(few, models)
+    assert plans[PRESENT].group_rows < 64, "the planner chooses the size of row groups"
+    assert plans[str(same)] is plans[PRESENT]
+    assert plans[str(dear)] is not plans[PRESENT]
+    assert MODEL_FILE not in os.environ
+
+
+def test_all_kinds_want_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mates_fixed_us=1: expected a file"):
+        models_to_compare(ALL, ["mates_fixed_us=1"], "NVIDIA H200")
+    assert len(batches(ALL, 60, 3)) == sum(len(batches(kind, 60, 3)) for kind in cost.KERNELS)
 
 
 def test_without_a_gpu_it_says_so(
