@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import mla_decode
 import numpy as np
 import pytest
-from mla_decode import _scheduler
+from mla_decode import _scheduler, planning
 from mla_decode._scheduler import CostModel
+from mla_decode.planning import DEFAULT_CLUSTERS
 
 from benchmarks.shapes import SHAPES, Shape
 from tools import fit_cost_model, measure_cost_model, refine_cost_model
@@ -185,3 +189,48 @@ def test_a_batch_is_planned_in_groups_of_all_sizes(heads: int, sizes: set[int]) 
     many = Shape("many", (4000,) * 120, 1, heads)
     ways = list(measure_cost_model.ways_to_plan(many, 132, "NVIDIA H200", random.Random(0)))
     assert {way["group_rows"] for way in ways} == {max(sizes)}
+
+
+def test_what_is_measured_is_read_again_as_it_ran(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The command, on a GPU that is not there: plans, their runs in a file, and plans from it."""
+    ran: dict[str, list[mla_decode.Plan]] = {}
+
+    def times_of(shape: Shape, prepare: Mapping[str, Any], replays: int) -> dict[str, list[float]]:
+        ran[shape.name] = [each.args[0] for each in prepare.values()]
+        return {
+            name: [plan.predicted_us] for name, plan in zip(prepare, ran[shape.name], strict=True)
+        }
+
+    class Properties:
+        name = "NVIDIA H200"
+        multi_processor_count = 132
+
+    shapes = [Shape("few", (4000, 900), 1, 128), Shape("even", (1024,) * 8, 1, 16)]
+    monkeypatch.setattr(measure_cost_model, "times_of", times_of)
+    monkeypatch.setattr(measure_cost_model, "batches", lambda seed: iter(shapes))
+    monkeypatch.setattr(measure_cost_model, "clusters_of", lambda device: DEFAULT_CLUSTERS)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(planning, "_gpu", lambda device: None)
+    target = tmp_path / "runs.json"
+    assert measure_cost_model.main([str(target), "--seconds", "60"]) == 0
+
+    runs = fit_cost_model.read_runs(json.loads(target.read_text(encoding="utf-8")), CostModel())
+    plans = [plan for shape in shapes for plan in ran[shape.name]]
+    assert len(runs) == len(plans) > 5
+    assert {run.batch for run in runs} == {"few", "even"}
+    for run, plan in zip(runs, plans, strict=True):
+        np.testing.assert_array_equal(run.instructions, plan.instructions)
+        assert (run.group_rows, run.num_workers) == (plan.group_rows, plan.num_workers)
+        assert run.us == plan.predicted_us
+
+
+def test_measuring_without_a_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert measure_cost_model.main(["nowhere.json"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err

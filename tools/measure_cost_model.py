@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,7 +83,7 @@ def ways_to_plan(
     """Yield arguments of `mla_decode.plan`: sizes of row groups, models, with clusters or not."""
     rows = shape.num_heads * max(shape.tokens)
     for size in GROUP_ROWS:
-        groups = count_groups(torch.full((len(shape.seq_lens),), rows).numpy(), size)
+        groups = count_groups(np.full(len(shape.seq_lens), rows), size)
         if size < min(rows, max(GROUP_ROWS)) and 2 * groups > num_workers:
             continue  # the planner would not either
         if size > min(GROUP_ROWS) and rows <= size // 2:
