@@ -112,10 +112,21 @@ def test_files_of_constants_are_compared_as_users_plan(tmp_path: Path) -> None:
     assert MODEL_FILE not in os.environ
 
 
-def test_all_kinds_want_files(tmp_path: Path) -> None:
+def test_all_kinds_want_files() -> None:
     with pytest.raises(ValueError, match="mates_fixed_us=1: expected a file"):
         models_to_compare(ALL, ["mates_fixed_us=1"], "NVIDIA H200")
     assert len(batches(ALL, 60, 3)) == sum(len(batches(kind, 60, 3)) for kind in cost.KERNELS)
+
+
+def test_a_variant_that_is_none_is_a_usage_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    for arguments in (["all", "mates_fixed_us=1"], ["wide", "mates=1"]):
+        with pytest.raises(SystemExit):
+            compare_cost_models.main(arguments)
+        assert arguments[1] in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(

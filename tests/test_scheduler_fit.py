@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +171,7 @@ def test_refining_wants_batches_under_several_plans() -> None:
         refine_cost_model.refine(runs_of, {"cost": CostModel()}, 1)
 
 
-def test_batches_to_measure_differ_by_their_seed_and_name_no_shape() -> None:
+def test_batches_to_measure_differ_by_their_seed() -> None:
     first = [shape for shape, _ in zip(measure_cost_model.batches(3), range(90), strict=False)]
     again = [shape for shape, _ in zip(measure_cost_model.batches(3), range(90), strict=False)]
     other = [shape for shape, _ in zip(measure_cost_model.batches(4), range(90), strict=False)]
@@ -177,7 +179,16 @@ def test_batches_to_measure_differ_by_their_seed_and_name_no_shape() -> None:
     assert first[0] != other[0]
     even = [shape for shape in first if shape.name.startswith("even")]
     assert 20 < len(even) < 45
-    assert not {shape.name for shape in first} & set(SHAPES)
+
+
+def test_no_named_shape_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even batches are often as large as those; one that is the same is left out."""
+    named = SHAPES["B64_512_q2_h16"]
+    other = replace(named, name="another", num_heads=32)
+    drawn = itertools.cycle([replace(named, name="the same"), other])
+    monkeypatch.setattr(measure_cost_model, "even_shape", lambda rng: next(drawn))
+    shapes = [shape for shape, _ in zip(measure_cost_model.batches(3), range(90), strict=False)]
+    assert {shape.name for shape in shapes if shape.seq_lens == named.seq_lens} == {"another"}
 
 
 @pytest.mark.parametrize(("heads", "sizes"), ((16, {16}), (32, {16, 32}), (128, {16, 32, 64})))

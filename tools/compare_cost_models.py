@@ -27,17 +27,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python")]
 
 import mla_decode  # noqa: E402
 from mla_decode import cost  # noqa: E402
-from mla_decode.words import KV_TILE  # noqa: E402
 
 from benchmarks.implementations import mla_decode_by  # noqa: E402
 from benchmarks.shapes import Shape, random_shapes  # noqa: E402
-from tools.side_by_side import Gain, note_gains, times_of  # noqa: E402
+from tools.side_by_side import Gain, is_worth_planning, note_gains, times_of  # noqa: E402
 
 PRESENT = "present"
 ALL = "all"
 MODEL_FILE = "MLA_DECODE_COST_MODEL"  # environment variable, see mla_decode.cost.load
 Model = cost.CostModel | Path | None  # of one kind of kernels; of all, or those of the device
-MIN_TILES, MAX_TILES = 4, 6000  # of a batch: below there is nothing to cut, above little to gain
 
 
 def variant(model: cost.CostModel, changes: str) -> cost.CostModel:
@@ -57,7 +55,7 @@ def batches(kind: str, count: int, seed: int) -> list[Shape]:
         shape
         for shape in random_shapes(count, seed)
         if kind in (ALL, cost.kernel_of(shape.num_heads * max(shape.tokens)))
-        and MIN_TILES <= sum(-(-length // KV_TILE) for length in shape.seq_lens) <= MAX_TILES
+        and is_worth_planning(shape)
     ]
 
 
@@ -147,7 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("compare_cost_models: no CUDA GPU", file=sys.stderr)
         return 2
-    models = models_to_compare(arguments.kind, arguments.variants, torch.cuda.get_device_name())
+    try:
+        models = models_to_compare(arguments.kind, arguments.variants, torch.cuda.get_device_name())
+    except ValueError as error:
+        parser.error(str(error))
     shapes = batches(arguments.kind, arguments.batches, arguments.seed)
     for name, gain in compare(shapes, models, arguments.replays).items():
         print(f"{name}: {gain}")

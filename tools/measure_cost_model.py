@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,13 @@ import mla_decode  # noqa: E402
 from mla_decode import cost  # noqa: E402
 from mla_decode.planning import clusters_of  # noqa: E402
 from mla_decode.row_groups import count_groups  # noqa: E402
-from mla_decode.words import GROUP_ROWS, KV_TILE  # noqa: E402
+from mla_decode.words import GROUP_ROWS  # noqa: E402
 
 from benchmarks.implementations import mla_decode_by  # noqa: E402
-from benchmarks.shapes import Shape, random_shapes  # noqa: E402
-from tools.side_by_side import times_of  # noqa: E402
+from benchmarks.shapes import SHAPES, Shape, random_shapes  # noqa: E402
+from tools.side_by_side import is_worth_planning, times_of  # noqa: E402
 
 REPLAYS = 8
-MIN_TILES, MAX_TILES = 4, 6000  # of a batch: below there is nothing to cut, above little to gain
 BATCHES_OF_A_SEED = 60
 OTHER_MODELS = 2  # for each size of row groups
 SPREAD = 0.4  # of the logarithms of their constants
@@ -55,14 +55,18 @@ def even_shape(rng: random.Random) -> Shape:
     return Shape(f"even_B{batch}_{length}_q{tokens}_h{heads}", (length,) * batch, tokens, heads)
 
 
+def is_named(shape: Shape) -> bool:
+    """Whether it is a shape of the benchmark by another name: nothing is fitted to those."""
+    return replace(shape, name="") in {replace(named, name="") for named in SHAPES.values()}
+
+
 def batches(seed: int) -> Iterator[Shape]:
     """Yield batches without end, other ones for every seed."""
     while True:
         rng = random.Random(seed)
         for index, shape in enumerate(random_shapes(BATCHES_OF_A_SEED, seed)):
             for each in (shape, even_shape(rng)) if index % 2 else (shape,):
-                tiles = sum(-(-length // KV_TILE) for length in each.seq_lens)
-                if not each.is_mixed and MIN_TILES <= tiles <= MAX_TILES:
+                if not each.is_mixed and is_worth_planning(each) and not is_named(each):
                     yield each
         seed += 1
 

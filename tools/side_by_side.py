@@ -8,11 +8,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
+from mla_decode.words import KV_TILE
 
 from benchmarks.case import Case
 from benchmarks.implementations import Prepared
 from benchmarks.measure import measure
 from benchmarks.shapes import Shape
+
+MIN_TILES, MAX_TILES = 4, 6000  # of a batch: below there is nothing to cut, above little to gain
+
+
+def is_worth_planning(shape: Shape) -> bool:
+    """Whether plans of the batch can differ in what they take."""
+    return MIN_TILES <= sum(-(-length // KV_TILE) for length in shape.seq_lens) <= MAX_TILES
 
 
 @dataclass
