@@ -3,6 +3,9 @@
 // straight into their shared memory; merges what it gets; and writes it: to the output, or to the
 // one scratch slot that they have.
 //
+// The columns are sent as they are accumulated. What else mates have to know of a row, and what to
+// make of it, is the launcher's to tell and to find out, while the columns are on their way.
+//
 // What an SM sends takes a cycle for every 15 bytes. So in a wide kernel columns are sent as
 // halves, scaled to fit: of each row those of either half by a power of two. In a narrow kernel,
 // where there are few of them, to find that scale would take longer than to send floats.
@@ -20,27 +23,34 @@ namespace mla {
 // mk::State::cluster_barrier
 enum ClusterBarrier {
     kInboxesOpen,  // of all mates
-    kLsesHere,     // of all are in the inbox
-    kColumnsHere,  // of the others; and the LSE of all
+    kNotesHere,    // of all are in the inbox
+    kColumnsHere,  // of the others; and what all are to be multiplied with
     kMatesStored,  // for the first of them
     kNumClusterBarriers,
 };
 
-// The power of two that brings floats up to `bound` below 2^15, and its inverse. Halves reach 2^29
-// times farther down than that with all of their bits. Infinities and NaN stay what they are.
+// The power of two that brings floats up to `bound` below 2^15, and the log2 of its inverse. Halves
+// reach 2^29 times farther down than that with all of their bits. Infinities and NaN stay what they
+// are.
 struct HalfRange {
     static constexpr int kSignificandBits = 23, kBias = 127;  // of a float
     static constexpr int kMost = 15;                          // log2 of what stays finite
     static constexpr uint32_t kLeast = 24;  // biased exponent: smaller ones are scaled by 2^117
 
-    float scale, inverse;
+    float scale, log2_inverse;
 
     __device__ explicit HalfRange(float bound) {
         // bound < 2^(exponent + 1 - kBias)
         const uint32_t exponent = max(__float_as_uint(bound) >> kSignificandBits, kLeast);
         scale = __uint_as_float(2 * kBias - 1 + kMost - exponent << kSignificandBits);
-        inverse = __uint_as_float(exponent + 1 - kMost << kSignificandBits);
+        log2_inverse = static_cast<int>(exponent) + 1 - kMost - kBias;
     }
+};
+
+// Of all rows of a CTA's result, in shared memory, 16-byte aligned, in units of log2: LSEs, and
+// what the columns of either half are to be multiplied with, so as to be sums of exp(score) V.
+struct RowNotes {
+    const float *lse, *left_scale, *right_scale;
 };
 
 template <class Config>
@@ -51,6 +61,7 @@ class ClusterMerge {
     static_assert(kNumClusterBarriers <= Config::kNumClusterBarriers);
 
     static constexpr bool kSendsHalves = !Config::kNarrow;
+    static constexpr int kRowSlots = Config::kNarrow ? kNarrowRows : kMaxRows;
     // To copy them to the inbox is in the way of what is sent. (Rows of a narrow kernel are staged
     // sixteen at a time. With a page for the others it is up to 2% slower, H200.)
     static constexpr bool kOwnStayStaged = !Config::kNarrow;
@@ -65,12 +76,6 @@ class ClusterMerge {
     static constexpr int kChunkColumnsLog2 = 6;
     static_assert(kColumnChunk == 1 << kChunkColumnsLog2);
 
-    // What a mate says of a row as a whole.
-    struct RowNote {
-        float lse_log2;
-        float scale;  // of its columns, if they are halves
-    };
-
   public:
     using Sent = std::conditional_t<kSendsHalves, kittens::half, float>;
 
@@ -82,11 +87,9 @@ class ClusterMerge {
         const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
         const uint32_t open = state.cluster_barrier(kInboxesOpen);
         if (lane == work.mate) {
-            const uint32_t note_bytes = work.num_mates * row_bytes(sizeof(float));
-            expect(kLsesHere, note_bytes, mk::kMaxClusterCtas);
+            expect(kNotesHere, work.num_mates * 2 * note_bytes(), mk::kMaxClusterCtas);
             expect(kColumnsHere,
-                   (work.num_mates - 1) * row_bytes(kChunkBytes << chunks_log2()) +
-                       (kSendsHalves ? note_bytes : 0),
+                   (work.num_mates - 1) * row_bytes(kChunkBytes << chunks_log2()),
                    mk::kMaxClusterCtas - 1);
             mk::ptx::mbar_arrive(open, mk::kMaxClusterCtas - work.num_mates + 1);
         } else if (lane < work.num_mates) {
@@ -96,16 +99,25 @@ class ClusterMerge {
     }
     __device__ void wait_open() const { state.wait_cluster(kInboxesOpen); }
 
-    // A row's LSE, to one of all mates.
-    __device__ void send_lse(int row, int mate, float lse_log2) const {
-        send(note_offset(work.mate, row) + offsetof(RowNote, lse_log2), mate, lse_log2, kLsesHere);
+    // To all mates, by one warp, each lane to one mate, four rows at a time.
+    __device__ void send_notes(const RowNotes& notes) const {
+        if (state.failed()) return;
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+        const int mate = lane & work.num_mates - 1;
+        const float* const scales =
+            mate < work.num_mates / 2 ? notes.left_scale : notes.right_scale;
+        const uint32_t lse = mk::ptx::smem_address(notes.lse),
+                       scale = mk::ptx::smem_address(scales);
+        const uint32_t lse_there = at_mate(lses_of(work.mate), mate);
+        const uint32_t scale_there = at_mate(scales_of(work.mate), mate);
+        const uint32_t here = at_mate(state.cluster_barrier(kNotesHere), mate);
+        const uint32_t step = mk::kWarpThreads * sizeof(float4) >> mates_log2();
+#pragma unroll 1
+        for (uint32_t at = (lane >> mates_log2()) * sizeof(float4); at < note_bytes(); at += step) {
+            mk::ptx::send_float4(lse_there + at, mk::ptx::load_smem_float4(lse + at), here);
+            mk::ptx::send_float4(scale_there + at, mk::ptx::load_smem_float4(scale + at), here);
+        }
     }
-    // What a row's columns in one half are to be multiplied with, to one of half_mates().
-    __device__ void send_scale(int row, int mate, float scale) const {
-        send(note_offset(work.mate, row) + offsetof(RowNote, scale), mate, scale, kColumnsHere);
-    }
-    // So many mates write columns of the left half, and as many of the right one.
-    __device__ int half_mates() const { return work.num_mates / 2; }
 
     // Returns what sends 16 bytes of a row's columns, from `col` on, to the mate whose they are.
     __device__ auto sender(int col) const {
@@ -141,16 +153,21 @@ class ClusterMerge {
         }
     }
 
-    // By the launcher, while columns are on their way: the LSE of all mates, a row a lane.
-    __device__ void add_lses() const {
-        state.wait_cluster(kLsesHere);
+    // By one warp, while columns are on their way, a row a lane: the LSE of all mates, and what
+    // each one's columns are to be multiplied with. A row that saw no key has zeros.
+    __device__ void weigh() const {
+        state.wait_cluster(kNotesHere);
         const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
 #pragma unroll 1
         for (int row = lane; row < work.num_rows; row += mk::kWarpThreads) {
+            const uint32_t of_row = row * static_cast<uint32_t>(sizeof(float));
             float lse_log2[mk::kMaxClusterCtas], top = RowState::kNoMax;
 #pragma unroll
             for (int mate = 0; mate < mk::kMaxClusterCtas; ++mate) {
-                lse_log2[mate] = mate < work.num_mates ? note(mate, row).lse_log2 : -INFINITY;
+                lse_log2[mate] = -INFINITY;
+                if (mate < work.num_mates) {
+                    lse_log2[mate] = mk::ptx::load_smem_float(lses_of(mate) + of_row);
+                }
                 top = fmaxf(top, lse_log2[mate]);
             }
             float total = 0.f;
@@ -159,7 +176,18 @@ class ClusterMerge {
             const bool seen = total > 0.f;  // did any mate see a key
             if (work.mate == 0) work.store_lse(g, row, seen ? top + __log2f(total) : -INFINITY);
             total += mk::ptx::exp2_approx(work.sink_log2(g, row) - top);
-            mk::ptx::store_smem_float(merged_lse_log2(row), seen ? top + __log2f(total) : INFINITY);
+            const float merged = seen ? top + __log2f(total) : INFINITY;
+#pragma unroll
+            for (int mate = 0; mate < mk::kMaxClusterCtas; ++mate) {
+                const uint32_t scale = scales_of(mate) + of_row;
+                if (mate < work.num_mates) {
+                    const float scale_log2 = mk::ptx::load_smem_float(scale);
+                    mk::ptx::store_smem_float(scale, mk::ptx::exp2_approx(scale_log2 - merged));
+                }
+            }
+            if (Config::kStampsResults) {
+                mk::ptx::store_smem_float(lses_of(0) + of_row, seen ? merged : -INFINITY);
+            }
         }
         __syncwarp();
         if (lane == 0) mk::ptx::mbar_arrive(state.cluster_barrier(kColumnsHere));
@@ -184,8 +212,8 @@ class ClusterMerge {
     const State& state;
     const PartialWork& work;
 
-    // Of each mate, all rows with the columns that are this CTA's; then the notes, and of each row
-    // the LSE of all.
+    // Of each mate, all rows with the columns that are this CTA's; then of each mate LSEs, and of
+    // each mate scales.
     const uint32_t inbox;
 
     // Halves have room where Q was, and that is read before the last keys are.
@@ -193,27 +221,28 @@ class ClusterMerge {
     static constexpr int kInboxPages = kSendsHalves ? Pages::kQPages : Pages::kRing;
     static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(Sent);
     static constexpr uint32_t kRowBytes = kLatentDim * sizeof(Sent);
-    static_assert(kMaxRows * (kRowBytes + mk::kMaxClusterCtas * sizeof(RowNote) + sizeof(float)) <=
+    static constexpr uint32_t kNoteBytes = kRowSlots * sizeof(float);
+    static_assert(kRowSlots * kRowBytes + 2 * mk::kMaxClusterCtas * kNoteBytes <=
                       kInboxPages * Config::kSmemPageBytes,
                   "the inbox holds this CTA's share of all mates' columns");
 
     // Chunks of 64 columns that a mate has.
-    __device__ int chunks_log2() const { return kChunksLog2 - (31 - __clz(work.num_mates)); }
+    __device__ int chunks_log2() const { return kChunksLog2 - mates_log2(); }
+    __device__ int mates_log2() const { return 31 - __clz(work.num_mates); }
     __device__ int first_col(int mate) const { return mate << chunks_log2() + kChunkColumnsLog2; }
 
     __device__ uint32_t row_bytes(uint32_t bytes) const { return work.num_rows * bytes; }
-    __device__ uint32_t note_offset(int mate, int row) const {
-        return row_bytes(kRowBytes) +
-               (mate * work.num_rows + row) * static_cast<uint32_t>(sizeof(RowNote));
+    // Behind the columns.
+    __device__ uint32_t lses_of(int mate) const {
+        return inbox + row_bytes(kRowBytes) + mate * kNoteBytes;
+    }
+    __device__ uint32_t scales_of(int mate) const { return lses_of(mk::kMaxClusterCtas + mate); }
+    // Rows are sent in fours.
+    __device__ uint32_t note_bytes() const {
+        return (work.num_rows + 3) / 4 * static_cast<uint32_t>(sizeof(float4));
     }
     __device__ uint32_t at_mate(uint32_t address, int mate) const {
         return mk::ptx::address_at(address, mk::ptx::cluster_rank() - work.mate + mate);
-    }
-    // (In a launch that has failed the mate may have left.)
-    __device__ void send(uint32_t offset, int mate, float value, ClusterBarrier here) const {
-        if (state.failed()) return;
-        mk::ptx::send_float(
-            at_mate(inbox + offset, mate), value, at_mate(state.cluster_barrier(here), mate));
     }
     __device__ void expect(ClusterBarrier barrier, uint32_t bytes, int arrivals) const {
         const uint32_t mbar = state.cluster_barrier(barrier);
@@ -221,18 +250,8 @@ class ClusterMerge {
         mk::ptx::mbar_arrive_expect_tx(mbar, bytes);
     }
 
-    __device__ RowNote note(int mate, int row) const {
-        const uint2 bits = mk::ptx::load_smem_uint2(inbox + note_offset(mate, row));
-        return {__uint_as_float(bits.x), __uint_as_float(bits.y)};
-    }
-
-    // Where the LSE of all mates is, sinks included; infinite where no mate has seen a key.
-    __device__ uint32_t merged_lse_log2(int row) const {
-        return inbox + note_offset(work.num_mates, 0) + row * static_cast<uint32_t>(sizeof(float));
-    }
-
     // The number of mates is known to the compiler: this is executed for every row, and waits for
-    // its instructions. A row that saw no key has zeros.
+    // its instructions.
     template <int kMates, class Staged>
     __device__ void add_up(Staged staged) const {
         constexpr int kOwnChunks = kChunks / kMates;
@@ -246,20 +265,20 @@ class ClusterMerge {
             const uint32_t from = columns + row * (kOwnChunks * kChunkBytes);
             const uint32_t own = kOwnStayStaged ? staged(row, first_col(work.mate) + col)
                                                 : from + work.mate * of_mate;
-            const float merged = mk::ptx::load_smem_float(merged_lse_log2(row));
+            const uint32_t of_row = row * static_cast<uint32_t>(sizeof(float));
             float4 sum[kOwnChunks] = {};
 #pragma unroll
             for (int mate = 0; mate < kMates; ++mate) {
-                const RowNote of_row = note(mate, row);
-                float weight = mk::ptx::exp2_approx(of_row.lse_log2 - merged);
-                if (kSendsHalves) weight *= of_row.scale;
+                const float weight = mk::ptx::load_smem_float(scales_of(mate) + of_row);
                 const uint32_t of_this = mate == work.mate ? own : from + mate * of_mate;
 #pragma unroll
                 for (int chunk = 0; chunk < kOwnChunks; ++chunk) {
                     add(sum[chunk], weight, four_columns(of_this + chunk * kChunkBytes, Sent{}));
                 }
             }
-            to.store(row, sum, merged == INFINITY ? -INFINITY : merged);
+            float lse_log2 = 0.f;
+            if (Config::kStampsResults) lse_log2 = mk::ptx::load_smem_float(lses_of(0) + of_row);
+            to.store(row, sum, lse_log2);
         }
     }
     __device__ static float4 four_columns(uint32_t from, float) {

@@ -4,8 +4,8 @@
 //     loader     Q once, then KV tiles into a ring of pages, each as a left and a right half
 //     consumers  two warpgroups; where rows are few (up to 32), see narrow_consumer.cuh, where they
 //                are more (up to 64), wide_consumer.cuh
-//     launcher   brings the first keys to L2; half of the copies, where they are row by row; waits
-//                for what is adopted
+//     launcher   brings the first keys to L2; half of the copies, where they are row by row; tells
+//                mates what they have to know of rows, or waits for what is adopted
 //     storer     raises the flag of the scratch slot that the consumers have written
 #pragma once
 
@@ -27,8 +27,8 @@ struct MlaPartial {
 
     struct Controller {
         __device__ static int arrival_count(const MlaGlobals& g, int semaphore) {
-            if (semaphore == Pages::kOutputStored) return Config::kNumConsumerWarps;
             if (semaphore == Pages::kAdoptedHere) return 1;
+            if (semaphore >= Pages::kOutputStored) return Config::kNumConsumerWarps;
             if (semaphore >= Pages::kKvEmpty) return kWarpgroupThreads / mk::kWarpThreads;
             if (semaphore >= Pages::kKvFull && copied_by_lanes(g)) return mk::kWarpThreads;
             return 1;
@@ -159,13 +159,28 @@ struct MlaPartial {
                 }
             }
             if (state.word(PartialWords::kNumMates) > 1) {
-                const PartialWork work(g, state.words());
-                ClusterMerge<Config>(g, state, work).add_lses();
+                tell_mates(g, state);
             }
             const int adopted = state.word(PartialWords::kAdopted) - 1;
             if (adopted < 0 || threadIdx.x % mk::kWarpThreads != 0) return;
             state.wait_done_flag(&g.done_flags[adopted], adopted);
             state.arrive(Pages::kAdoptedHere);
+        }
+
+      private:
+        __device__ static void tell_mates(const MlaGlobals& g, const State& state) {
+            const PartialWork work(g, state.words());
+            const ClusterMerge<Config> mates(g, state, work);
+            state.wait(Pages::kSumsPublished, 0);
+            // Where Q was: nobody reads it any more when there is P of all tiles.
+            if (!Config::kNarrow) mates.open_inbox();
+            const RowNotes notes = Consumer::find_lses(state, work.num_rows);
+            state.wait(Pages::kResultReady, 0);
+            // Where keys were.
+            if (Config::kNarrow) mates.open_inbox();
+            mates.wait_open();
+            mates.send_notes(notes);
+            mates.weigh();
         }
     };
 

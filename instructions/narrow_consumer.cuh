@@ -30,6 +30,18 @@ class NarrowConsumer {
         consumer.finish();
     }
 
+    // By the launcher, of a partial that mates share, when sums have been published: LSEs. And
+    // where the scales are.
+    __device__ static RowNotes find_lses(const State& state, int) {
+        Scratch& shared = *reinterpret_cast<Scratch*>(state.scratch());
+        const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+        const float sum = sum_of(shared, row);
+        float* lse_log2 = shared.exchange[0].of_warp[0];
+        lse_log2[row] = sum > 0.f ? shared.max[row] + __log2f(sum) : -INFINITY;
+        __syncwarp();
+        return {lse_log2, shared.max, shared.max};
+    }
+
   private:
     static constexpr int kGroups = 2;  // warpgroups
     static constexpr int kQPage = 0;
@@ -40,18 +52,12 @@ class NarrowConsumer {
     using Block = NarrowBlock<kRows>;
 
     struct Scratch {
-        union {
-            NarrowPTile<Element, kRows> p[kGroups];  // of the tile that each scored last
-            struct {
-                // By warp: what the output is multiplied with, another partial's, and LSEs.
-                float inverse[Config::kNumConsumerWarps][kNarrowRows];
-                float adopted[Config::kNumConsumerWarps][kNarrowRows];
-                float lse_log2[Config::kNumConsumerWarps][kNarrowRows];
-            } end;
-        };
+        NarrowPTile<Element, kRows> p[kGroups];  // of the tile that each scored last
         NarrowExchange exchange[kGroups];   // maxima; in the end, sums of a warpgroup's own tiles
         float max[kNarrowRows];             // that the last P is relative to
         int visible[kGroups][kNarrowRows];  // positions from the start on
+        // For stamps, by warp.
+        float lse_log2[Config::kStampsResults ? Config::kNumConsumerWarps : 1][kNarrowRows];
     };
     static_assert(sizeof(Scratch) <= Config::kScratchBytes);
 
@@ -130,7 +136,7 @@ class NarrowConsumer {
         }
         if (tile > work.num_tiles) return;
         add_others(work.num_tiles - 1);
-        rows.publish_sums(scratch().exchange[group]);
+        publish_sums();
         kittens::warpgroup::mma_async_wait();
         let_go(other_half(work.num_tiles - 1));
     }
@@ -177,9 +183,24 @@ class NarrowConsumer {
         if (tile > 0) let_go(other_half(tile - 1));
         sync_warpgroup();
         accumulate<Element>(o, p_operand(group), VOperand(page(Pages::page(2 * tile))));
-        if (work.is_last(tile)) rows.publish_sums(shared.exchange[group]);
+        if (work.is_last(tile)) publish_sums();
         kittens::warpgroup::mma_async_wait();
         let_go(2 * tile);
+    }
+
+    // While the last tile is being added. There will be no more P for the other warpgroup, so it is
+    // told at the barrier of its own P; or the launcher is, if there are mates.
+    __device__ void publish_sums() const {
+        rows.publish_sums(scratch().exchange[group]);
+        if (work.is_shared()) {
+            tell_launcher(Pages::kSumsPublished);
+        } else {
+            barrier_arrive(p_ready(1 - group), kConsumerThreads);
+        }
+    }
+    __device__ void tell_launcher(int semaphore) const {
+        __syncwarp();
+        if (is_first_lane()) state.arrive(semaphore);
     }
 
     __device__ void let_go(int half_tile) const {
@@ -197,20 +218,15 @@ class NarrowConsumer {
     // ---- the end --------------------------------------------------------------------
 
     __device__ void finish() {
-        barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        // Nobody reads Q any more: its page is for the output now.
-        if (work.is_shared() && mk::ptx::thread_in_cta() < mk::kWarpThreads) {
-            Mates(g, state, work).open_inbox();
-        }
-        const float lse_log2 = finish_rows();
-        multiply(o, rows_of<kRows>(scratch().end.inverse[warp()]));
-        if (work.adopts()) add_adopted();
         if (mk::ptx::as_written(!work.is_shared())) {
+            const auto [lse_log2, inverse, adopted] = finish_rows();
+            multiply(o, rows_of_lanes<kRows>(inverse));
+            if (work.adopts()) add_adopted(adopted);
             store_output();
             const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
             if (warp() == 1 && row < work.num_rows) work.store_lse(g, row, lse_log2);
         } else {
-            merge_with_mates(lse_log2);
+            merge_with_mates();
         }
 
         __syncwarp();
@@ -225,32 +241,25 @@ class NarrowConsumer {
         }
     }
 
-    __device__ void merge_with_mates(float lse_log2) {
+    __device__ void merge_with_mates() {
         const Mates mates(g, state, work);
-        static_assert(kNarrowRows * mk::kMaxClusterCtas == kConsumerThreads);
-        const auto begin = [&] {
-            mates.wait_open();
-            const int row = mk::ptx::thread_in_cta() % kNarrowRows;
-            if (row < work.num_rows && warp() < work.num_mates) {
-                mates.send_lse(row, warp(), lse_log2);
-            }
-        };
-        store<float>(work.num_rows, [&](int col) { return mates.sender(col); }, begin);
+        tell_launcher(Pages::kResultReady);
+        const auto sender = [&](int col) { return mates.sender(col); };
+        store<float>(work.num_rows, sender, [&] { mates.wait_open(); });
         mates.merge([](int, int) { return 0u; });
     }
 
-    // By each warp for itself, a lane for each row: what the output is to be multiplied with goes
-    // to scratch, and the LSE if it goes along with the output. Returns the row's LSE.
-    __device__ float finish_rows() const {
+    struct EndOfRow {
+        float lse_log2;
+        float inverse, adopted;  // what the output is multiplied with, and another partial's
+    };
+    // By each warp for itself, a lane for each row.
+    __device__ EndOfRow finish_rows() const {
         static_assert(kNarrowRows == mk::kWarpThreads);
         const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
         Scratch& shared = scratch();
-        float sum = 0.f;
-#pragma unroll
-        for (const NarrowExchange& sums : shared.exchange) {
-#pragma unroll
-            for (const auto& of_warp : sums.of_warp) sum += of_warp[row];
-        }
+        barrier_sync(p_ready(group), kConsumerThreads);
+        const float sum = sum_of(shared, row);
         const float max = shared.max[row];
         float top = max, adopted_lse_log2 = -INFINITY;
         if (work.adopts()) {
@@ -264,23 +273,30 @@ class NarrowConsumer {
         float total = own * sum + adopted;
         const bool seen = total > 0.f;
         const float lse_log2 = seen ? top + __log2f(total) : -INFINITY;
-        if (!work.is_shared() && g.attn_sink != nullptr) {
+        if (g.attn_sink != nullptr) {
             const float sink_log2 = work.sink_log2(g, min(row, work.num_rows - 1));
             total += mk::ptx::exp2_approx(sink_log2 - top);
         }
         const float inverse = seen ? mk::ptx::reciprocal_approx(total) : 0.f;
-        shared.end.inverse[warp()][row] = own * inverse;
-        shared.end.adopted[warp()][row] = adopted * inverse;
-        if (Config::kStampsResults) shared.end.lse_log2[warp()][row] = lse_log2;
-        __syncwarp();
-        return lse_log2;
+        if (Config::kStampsResults) shared.lse_log2[warp()][row] = lse_log2;
+        return {lse_log2, own * inverse, adopted * inverse};
+    }
+
+    __device__ static float sum_of(const Scratch& shared, int row) {
+        float sum = 0.f;
+#pragma unroll
+        for (const NarrowExchange& sums : shared.exchange) {
+#pragma unroll
+            for (const auto& of_warp : sums.of_warp) sum += of_warp[row];
+        }
+        return sum;
     }
 
     // The warpgroup's columns of another partial's result.
-    __device__ void add_adopted() {
+    __device__ void add_adopted(float adopted) {
         const float* from = g.o_scratch + g.scratch_row(work.adopted, 0) * kLatentDim +
                             group * kHalfLatent + fragment_row();
-        const Row weight = rows_of<kRows>(scratch().end.adopted[warp()]);
+        const Row weight = rows_of_lanes<kRows>(adopted);
 #pragma unroll
         for (int r = 0; r < kThreadRows; ++r) {
             const int row = min(thread_row(r), work.num_rows - 1);
@@ -343,7 +359,7 @@ class NarrowConsumer {
             const auto writer = [&](int col) {
                 if constexpr (Config::kStampsResults) {
                     const Stamp stamp(mk::launch_epoch<Config>(), col / kVectorColumns);
-                    return stamped_row_writer(dst + col, stamp, scratch().end.lse_log2[warp()]);
+                    return stamped_row_writer(dst + col, stamp, scratch().lse_log2[warp()]);
                 } else {
                     return row_writer(dst + col);
                 }

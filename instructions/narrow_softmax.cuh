@@ -33,6 +33,15 @@ __device__ __forceinline__ NarrowRow<kRows> rows_of(const float (&from)[kNarrowR
     return row;
 }
 
+// What the lanes have, each of the row of its number, for a thread's rows.
+template <int kRows>
+__device__ __forceinline__ NarrowRow<kRows> rows_of_lanes(float own) {
+    NarrowRow<kRows> row;
+#pragma unroll
+    for (int r = 0; r < kRows / 4; ++r) row.of[r] = __shfl_sync(~0u, own, thread_row(r));
+    return row;
+}
+
 template <int kRows>
 __device__ __forceinline__ void multiply(NarrowOutput<kRows>& o, const NarrowRow<kRows>& factor) {
 #pragma unroll

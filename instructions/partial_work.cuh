@@ -104,7 +104,9 @@ struct PartialPages {
         kKvFull,                     // + place; see full()
         kKvEmpty = kKvFull + kRing,  // + place
         kOutputStored = kKvEmpty + kRing,
-        kAdoptedHere,  // the result that joins this one's
+        kAdoptedHere,    // the result that joins this one's
+        kSumsPublished,  // of a partial that mates share, to the launcher
+        kResultReady,    // the same
         kNumSemaphores,
     };
 

@@ -39,6 +39,20 @@ class WideConsumer {
         consumer.finish();
     }
 
+    // By the launcher, of a partial that mates share, when sums have been published: LSEs. And
+    // where the scales will be.
+    __device__ static RowNotes find_lses(const State& state, int num_rows) {
+        Scratch& shared = *reinterpret_cast<Scratch*>(state.scratch());
+        const int lane = mk::ptx::thread_in_cta() % mk::kWarpThreads;
+#pragma unroll 1
+        for (int row = lane; row < num_rows; row += mk::kWarpThreads) {
+            const float sum = shared.sum[0][row] + shared.sum[1][row];
+            shared.sum[0][row] = sum > 0.f ? shared.max[row] + __log2f(sum) : -INFINITY;
+        }
+        __syncwarp();
+        return {shared.sum[0], shared.scale_log2[0], shared.scale_log2[1]};
+    }
+
   private:
     static constexpr int kGroups = 2;  // warpgroups
 
@@ -46,10 +60,13 @@ class WideConsumer {
     using Rope = std::conditional_t<Config::kWholeTileBoxes, RopeInRegisters<Element>, RopeInSmem>;
 
     struct Scratch {
-        PTile<Element> p;                // of the tile scored last
-        float max[kMaxRows];             // that it is relative to
-        float sum[kGroups][kMaxRows];    // in the end, of a warpgroup's own tiles
-        int visible[kGroups][kMaxRows];  // positions from the start on
+        PTile<Element> p;              // of the tile scored last
+        float max[kMaxRows];           // that it is relative to
+        float sum[kGroups][kMaxRows];  // in the end, of a warpgroup's own tiles
+        union {
+            int visible[kGroups][kMaxRows];       // positions from the start on
+            float scale_log2[kGroups][kMaxRows];  // in the end, of what a warpgroup has for mates
+        };
     };
     static_assert(sizeof(Scratch) <= Config::kScratchBytes);
 
@@ -144,18 +161,9 @@ class WideConsumer {
         }
         if (tile > num_tiles) return;
         add_others<true>();
-        open_inbox();
         publish_sums();
         kittens::warpgroup::mma_async_wait();
         let_go(others, num_tiles - 1);
-    }
-
-    // For mates' results, where Q is: nobody reads it any more when there is P of all tiles.
-    __device__ void open_inbox() const {
-        const PartialWork work(g, state.words());
-        if (work.is_shared() && mk::ptx::thread_in_cta() % kWarpgroupThreads < mk::kWarpThreads) {
-            Mates(g, state, work).open_inbox();
-        }
     }
 
     // The other one has written P after it had all of the tile.
@@ -208,10 +216,24 @@ class WideConsumer {
         put_rows(shared.max, rows.max);
     }
 
-    // While the last tile is being added.
+    // While the last tile is being added. There will be no more P for the other warpgroup, so it is
+    // told at the barrier of its own P; or the launcher is, if there are mates.
     __device__ void publish_sums() {
         rows.sum_up();
         put_rows(scratch().sum[group], rows.sum);
+        if (num_tiles_kept > num_tiles) {
+            tell_launcher(Pages::kSumsPublished);
+        } else {
+            barrier_arrive(p_ready(1 - group), kConsumerThreads);
+        }
+    }
+    __device__ void tell_launcher(int semaphore) const {
+        __syncwarp();
+        if (is_first_lane()) state.arrive(semaphore);
+    }
+    __device__ void add_others_sums() {
+        barrier_sync(p_ready(group), kConsumerThreads);
+        for (int i = 0; i < 2; ++i) rows.sum[i] += scratch().sum[1 - group][row + 8 * i];
     }
 
     // Of this warpgroup's half of a tile.
@@ -243,17 +265,14 @@ class WideConsumer {
 
     __device__ void finish() {
         const PartialWork work(g, state.words());
-        const Scratch& shared = scratch();
-        barrier_sync(NamedBarrier::kConsumersSynced, kConsumerThreads);
-        for (int i = 0; i < 2; ++i) rows.sum[i] += shared.sum[1 - group][row + 8 * i];
-        if (work.adopts()) adopt(work);
-        const RowScale inverse = inverse_sum(work);
         if (mk::ptx::as_written(!work.is_shared())) {
-            store_output(work, inverse);
+            add_others_sums();
+            if (work.adopts()) adopt(work);
+            store_output(work, inverse_sum(work));
             const bool stores = mk::ptx::thread_in_cta() % 4 == 0 && lse_row() < work.num_rows;
             if (stores) work.store_lse(g, lse_row(), lse_log2());
         } else {
-            merge_with_mates(work, inverse);
+            merge_with_mates(work);
         }
         __syncwarp();
         const bool first_lane = is_first_lane();
@@ -299,31 +318,20 @@ class WideConsumer {
         }
     }
 
-    // The threads of a quad hold the same rows. Each sends to other mates what they have in common.
-    __device__ void merge_with_mates(const PartialWork& work, RowScale scale) const {
+    __device__ void merge_with_mates(const PartialWork& work) const {
         const Mates mates(g, state, work);
-        const HalfRange range[2] = {HalfRange(scale.factor[0] * sum_of_magnitudes(0)),
-                                    HalfRange(scale.factor[1] * sum_of_magnitudes(1))};
-        for (int i = 0; i < 2; ++i) scale.factor[i] *= range[i].scale;
+        const HalfRange range[2] = {HalfRange(sum_of_magnitudes(0)),
+                                    HalfRange(sum_of_magnitudes(1))};
+        put_rows(scratch().scale_log2[group],
+                 {rows.max[0] + range[0].log2_inverse, rows.max[1] + range[1].log2_inverse});
+        tell_launcher(Pages::kResultReady);
         using Columns = Staging<typename Mates::Sent>;
         static_assert(Columns::kCols == kHalfLatent);
         const Columns columns(page(Pages::kQPages + group));  // all keys have been read
-        columns.put(o, scale, 0);
-        mates.wait_open();
-        const int quad_lane = mk::ptx::thread_in_cta() % 4;
-        if (lse_row() < work.num_rows) {
-            for (int mate = quad_lane; mate < work.num_mates; mate += 4) {
-                mates.send_lse(lse_row(), mate, lse_log2());
-            }
-        }
-        static_assert(mk::kMaxClusterCtas / 2 <= 4);
-        for (int i = 0; i < 2; ++i) {
-            const int own = row + 8 * i;
-            if (own < work.num_rows && quad_lane < mates.half_mates()) {
-                mates.send_scale(own, group * mates.half_mates() + quad_lane, range[i].inverse);
-            }
-        }
-        columns.give(work.num_rows, mates.sender(group * kHalfLatent + Columns::first_col()));
+        columns.give(o, {{range[0].scale, range[1].scale}}, work.num_rows, [&](int col) {
+            mates.wait_open();
+            return mates.sender(group * kHalfLatent + col);
+        });
         mates.merge([&](int row, int col) {
             return page(Pages::kQPages + col / kHalfLatent) + row * Columns::kPitch +
                    col % kHalfLatent * static_cast<uint32_t>(sizeof(typename Mates::Sent));
@@ -359,18 +367,14 @@ class WideConsumer {
     __device__ void store_rows(const PartialWork& work, const RowScale& scale, T* to) const {
         // Warps without a row of the group have nothing to store.
         if (row / 16 * 16 >= work.num_rows) return;
-        const Staging<T> columns(page(group));
-#pragma unroll
-        for (int first = 0; first < kHalfLatent; first += Staging<T>::kCols) {
-            columns.put(o, scale, first);
-            const int col = group * kHalfLatent + first + Staging<T>::first_col();
-            columns.give(work.num_rows, row_writer(to + col));
-        }
+        to += group * kHalfLatent;
+        const auto writer_from = [&](int col) { return row_writer(to + col); };
+        Staging<T>(page(group)).give(o, scale, work.num_rows, writer_from);
     }
 
     __device__ RowScale inverse_sum(const PartialWork& work) const {
         float sink_log2[2] = {-INFINITY, -INFINITY};
-        if (g.attn_sink != nullptr && !work.is_shared()) {
+        if (g.attn_sink != nullptr) {
             for (int i = 0; i < 2; ++i) {
                 sink_log2[i] = work.sink_log2(g, min(row + 8 * i, work.num_rows - 1));
             }
