@@ -228,6 +228,7 @@ enum class NamedBarrier : int {
     // P of an even tile, or of an odd one, and its maxima are in scratch.
     kEvenPReady = 4,
     kOddPReady = 5,
+    kSumsReady = 6,  // + warpgroup: its own are in scratch, for the other one
 };
 inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kConsumerThreads = 2 * kWarpgroupThreads;
@@ -237,6 +238,11 @@ __device__ __forceinline__ void barrier_sync(NamedBarrier barrier, int threads) 
 }
 __device__ __forceinline__ void barrier_arrive(NamedBarrier barrier, int threads) {
     mk::ptx::named_barrier_arrive(static_cast<int>(barrier), threads);
+}
+// A warpgroup's sums have a barrier of their own: who has told of the last P does not wait until it
+// has been read, and would be counted with those who do.
+__device__ __forceinline__ NamedBarrier sums_ready(int warpgroup) {
+    return static_cast<NamedBarrier>(static_cast<int>(NamedBarrier::kSumsReady) + warpgroup);
 }
 // The barrier of one of the consumers' warpgroups.
 __device__ __forceinline__ int warpgroup_barrier(int warpgroup) {

@@ -188,14 +188,14 @@ class NarrowConsumer {
         let_go(2 * tile);
     }
 
-    // While the last tile is being added. There will be no more P for the other warpgroup, so it is
-    // told at the barrier of its own P; or the launcher is, if there are mates.
+    // While the last tile is being added: for the other warpgroup, or for the launcher if there are
+    // mates.
     __device__ void publish_sums() const {
         rows.publish_sums(scratch().exchange[group]);
         if (work.is_shared()) {
             tell_launcher(Pages::kSumsPublished);
         } else {
-            barrier_arrive(p_ready(1 - group), kConsumerThreads);
+            barrier_arrive(sums_ready(group), kConsumerThreads);
         }
     }
     __device__ void tell_launcher(int semaphore) const {
@@ -258,7 +258,7 @@ class NarrowConsumer {
         static_assert(kNarrowRows == mk::kWarpThreads);
         const int row = mk::ptx::thread_in_cta() % mk::kWarpThreads;
         Scratch& shared = scratch();
-        barrier_sync(p_ready(group), kConsumerThreads);
+        barrier_sync(sums_ready(1 - group), kConsumerThreads);
         const float sum = sum_of(shared, row);
         const float max = shared.max[row];
         float top = max, adopted_lse_log2 = -INFINITY;

@@ -216,15 +216,15 @@ class WideConsumer {
         put_rows(shared.max, rows.max);
     }
 
-    // While the last tile is being added. There will be no more P for the other warpgroup, so it is
-    // told at the barrier of its own P; or the launcher is, if there are mates.
+    // While the last tile is being added: for the other warpgroup, or for the launcher if there are
+    // mates.
     __device__ void publish_sums() {
         rows.sum_up();
         put_rows(scratch().sum[group], rows.sum);
         if (num_tiles_kept > num_tiles) {
             tell_launcher(Pages::kSumsPublished);
         } else {
-            barrier_arrive(p_ready(1 - group), kConsumerThreads);
+            barrier_arrive(sums_ready(group), kConsumerThreads);
         }
     }
     __device__ void tell_launcher(int semaphore) const {
@@ -232,7 +232,7 @@ class WideConsumer {
         if (is_first_lane()) state.arrive(semaphore);
     }
     __device__ void add_others_sums() {
-        barrier_sync(p_ready(group), kConsumerThreads);
+        barrier_sync(sums_ready(1 - group), kConsumerThreads);
         for (int i = 0; i < 2; ++i) rows.sum[i] += scratch().sum[1 - group][row + 8 * i];
     }
 

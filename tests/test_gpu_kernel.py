@@ -384,10 +384,22 @@ def test_a_thousand_graph_replays_are_bit_identical() -> None:
     assert int(different) == 0
 
 
-@pytest.mark.parametrize("heads", [16, 64], ids=["narrow", "wide"])
-def test_long_streams_survive_ten_thousand_launches(heads: int) -> None:
-    """Every SM streams all the time: a wait that ends too early would show sooner or later."""
-    case = make_case([2048 + 64 * (i % 3) for i in range(132)], heads, device="cuda", poison=False)
+@pytest.mark.parametrize("heads", [16, 32, 64], ids=["narrowest", "narrow", "wide"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([2048 + 64 * (i % 3) for i in range(132)], id="long streams"),
+        pytest.param([310, 451, 4876, 2855, 9817], id="short ranges"),
+    ],
+)
+def test_ten_thousand_launches_in_a_row(lengths: list[int], heads: int) -> None:
+    """Every SM streams, or begins and ends, all the time, and its keys come from memory.
+
+    A wait that ends too early, or at a barrier with others, would show sooner or later.
+    """
+    case = make_case(lengths, heads, device="cuda", poison=False)
+    l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    caches = [case.kv_cache.clone() for _ in range(3 * l2_bytes // case.kv_cache.nbytes + 1)]
     plan = mla_decode.plan(case.seq_lens, heads)
     workspace = plan.workspace("cuda")
     first_out, first_lse = decode(case, plan=plan, workspace=workspace)
@@ -395,10 +407,10 @@ def test_long_streams_survive_ten_thousand_launches(heads: int) -> None:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(100):  # nothing in between
+        for launch in range(100):  # nothing in between
             mla_decode.decode(
                 case.q,
-                case.kv_cache,
+                caches[launch % len(caches)],
                 case.block_table,
                 plan=plan,
                 softmax_scale=case.softmax_scale,

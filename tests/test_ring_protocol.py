@@ -1,10 +1,11 @@
-"""How a partial's loaders and its compute warpgroups share a ring of pages: models, all of whose
-states are visited.
+"""How a partial's loaders and its compute warpgroups share a ring of pages, and how the warpgroups
+tell each other: models, all of whose states are visited.
 
-The hardware lets a thread wait for the parity of a barrier's phase, not for its number, and copies
-may land in any order. A protocol that forgets either goes wrong once in some ten thousand launches,
-so it is checked here and not by running it. The rules are those of
-``instructions/partial_work.cuh``, ``mla_partial.cuh`` and the two kinds of consumers.
+The hardware lets a thread wait for the parity of an mbarrier's phase, not for its number, copies
+may land in any order, and a named barrier counts whoever comes. A protocol that forgets one of
+these goes wrong once in some ten thousand launches, so it is checked here and not by running it.
+The rules are those of ``instructions/partial_work.cuh``, ``mla_partial.cuh`` and the two kinds of
+consumers.
 """
 
 from __future__ import annotations
@@ -247,6 +248,110 @@ def test_p_may_not_be_told_of_before_the_other_one_has_been_added() -> None:
 def test_fewer_barriers_than_places_would_not_do(ring: Callable[[], Ring], message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         ring().visit_all()
+
+
+@dataclass(frozen=True)
+class NamedBarriers:
+    """The barriers by which two warpgroups tell each other of P and of sums, over two partials.
+
+    A warp takes one step after the other: it arrives at a barrier, or arrives and waits there until
+    as many have come as there are. ``in_step``: warps of one warpgroup meet when they have told of
+    P. ``sums`` names the barrier at which a warpgroup tells of its sums.
+    """
+
+    tiles: int
+    in_step: bool
+    sums: Callable[[int], str]
+
+    WARPS = 2  # of a warpgroup: more only repeat what these do
+    PARTIALS = 2
+
+    def program(self, group: int) -> list[tuple[str, str, str]]:
+        """What a warp does: how, at which barrier, for what."""
+        steps = []
+        last = self.tiles - 1
+        for partial in range(self.PARTIALS):
+
+            def step(how: str, barrier: str, why: str, partial: int = partial) -> None:
+                steps.append((how, barrier, f"{why} of partial {partial}"))
+
+            for tile in range(group, self.tiles, GROUPS):
+                if tile > 0:
+                    step("wait", f"P {1 - group}", f"P {tile - 1}")
+                step("arrive", f"P {group}", f"P {tile}")
+                if self.in_step:
+                    step("wait", f"warpgroup {group}", f"P {tile}, told")
+            if last % GROUPS != group:
+                step("wait", f"P {1 - group}", f"P {last}")
+            step("arrive", self.sums(group), f"sums {group}")
+            step("wait", self.sums(1 - group), f"sums {1 - group}")
+            step("wait", "consumers", "end")
+        return steps
+
+    def visit_all(self) -> int:
+        """Return the number of states, all of them sound; raises ProtocolError."""
+        programs = [self.program(warp // self.WARPS) for warp in range(GROUPS * self.WARPS)]
+        start = ((0,) * len(programs), frozenset[int](), frozenset[tuple[str, str, int]]())
+        todo, seen = deque([start]), {start}
+        while todo:
+            taken, waiting, counts = todo.popleft()
+            able = [
+                warp
+                for warp, program in enumerate(programs)
+                if warp not in waiting and taken[warp] < len(program)
+            ]
+            if waiting and not able:
+                raise ProtocolError("nobody can go on")
+            for warp in able:
+                how, barrier, why = programs[warp][taken[warp]]
+                there = [(reason, count) for name, reason, count in counts if name == barrier]
+                if any(reason != why for reason, _ in there):
+                    raise ProtocolError(f"{why} and {there[0][0]} are counted together")
+                count = 1 + sum(count for _, count in there)
+                others = frozenset(each for each in counts if each[0] != barrier)
+                now_waiting, now_taken = waiting, taken
+                if how == "wait":
+                    now_waiting |= {warp}
+                else:
+                    now_taken = bumped(taken, warp)
+                if count == self.WARPS * (1 if barrier.startswith("warpgroup") else GROUPS):
+                    free = {w for w in now_waiting if programs[w][taken[w]][1] == barrier}
+                    now_waiting -= free
+                    for other in free:
+                        now_taken = bumped(now_taken, other)
+                else:
+                    others |= {(barrier, why, count)}
+                new = (now_taken, now_waiting, others)
+                if new not in seen:
+                    seen.add(new)
+                    todo.append(new)
+        return len(seen)
+
+
+@pytest.mark.parametrize("in_step", [True, False], ids=["narrow", "wide"])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 5])
+def test_who_meets_at_a_barrier_has_come_for_the_same(tiles: int, in_step: bool) -> None:
+    assert NamedBarriers(tiles, in_step, lambda group: f"sums {group}").visit_all() > 8 * tiles
+
+
+@pytest.mark.parametrize("sums", [lambda group: f"P {1 - group}", lambda group: f"P {group}"])
+@pytest.mark.parametrize("in_step", [True, False], ids=["narrow", "wide"])
+def test_sums_cannot_be_told_of_where_p_is(in_step: bool, sums: Callable[[int], str]) -> None:
+    """Who has told of the last P would be counted with those who have yet to wait for it."""
+    with pytest.raises(ProtocolError, match="counted together"):
+        NamedBarriers(2, in_step, sums).visit_all()
+
+
+def test_the_kernels_tell_of_sums_at_barriers_of_their_own() -> None:
+    for kind in ("narrow", "wide"):
+        source = (ROOT / "instructions" / f"{kind}_consumer.cuh").read_text(encoding="utf-8")
+        uses = re.findall(r"barrier_(arrive|sync)\((\w+)\((.*?)\), kConsumerThreads\)", source)
+        assert sorted(uses) == [
+            ("arrive", "p_ready", "group"),
+            ("arrive", "sums_ready", "group"),
+            ("sync", "p_ready", "1 - group"),
+            ("sync", "sums_ready", "1 - group"),
+        ]
 
 
 def test_the_kernel_has_the_rings_of_the_models() -> None:

@@ -40,6 +40,7 @@ from benchmarks.shapes import SHAPES, Shape, random_shapes  # noqa: E402
 from tools.side_by_side import is_worth_planning, times_of  # noqa: E402
 
 REPLAYS = 8
+SECONDS_BETWEEN_WRITES = 20.0  # of what has been measured until then
 BATCHES_OF_A_SEED = 60
 OTHER_MODELS = 2  # for each size of row groups
 SPREAD = 0.4  # of the logarithms of their constants
@@ -141,20 +142,24 @@ def main(argv: list[str] | None = None) -> int:
     num_workers = properties.multi_processor_count
     rng = random.Random(arguments.seed)
     runs: list[dict[str, Any]] = []
-    end = time.monotonic() + arguments.seconds
-    for shape in batches(arguments.seed):
-        if time.monotonic() > end:
-            break
-        runs += measure(shape, num_workers, properties.name, rng)
-        print(f"\r{len(runs)} runs", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     document = {
         "device": properties.name,
         "num_workers": num_workers,
         "clusters": clusters_of(device),
         "runs": runs,
     }
+    written = time.monotonic()
+    end = written + arguments.seconds
+    for shape in batches(arguments.seed):
+        if time.monotonic() > end:
+            break
+        runs += measure(shape, num_workers, properties.name, rng)
+        print(f"\r{len(runs)} runs", end="", file=sys.stderr, flush=True)
+        if time.monotonic() > written + SECONDS_BETWEEN_WRITES:
+            arguments.output.write_text(json.dumps(document), encoding="utf-8")
+            written = time.monotonic()
     arguments.output.write_text(json.dumps(document), encoding="utf-8")
+    print(file=sys.stderr)
     return 0
 
 
