@@ -504,9 +504,8 @@ def plan(
         chosen, data = sizes[0], plan_in_groups(sizes[0])
         for fewer in sizes[1:]:
             other = plan_in_groups(fewer)
-            if other.predicted_us >= data.predicted_us:
-                break
-            chosen, data = fewer, other
+            if other.predicted_us < data.predicted_us:
+                chosen, data = fewer, other
     made = Plan(
         seq_lens=lengths,
         num_heads=num_heads,
