@@ -637,8 +637,8 @@ def test_csr_length_beyond_its_own_blocks_is_planned_as_what_they_hold(gpu: Any)
 def test_eager_calls_cost_the_host_15_us_at_most(gpu: Any) -> None:
     """Host time of a call with plan and workspace, the GPU kept from falling behind.
 
-    Of both kinds of plans in turns, for a third of a second, the fastest tenth: others share the
-    processor, and what they take of it is not the call's.
+    Of both kinds of plans in turns, for a third of a second: another process may take the
+    processor for some milliseconds.
     """
     import time
 
@@ -658,6 +658,6 @@ def test_eager_calls_cost_the_host_15_us_at_most(gpu: Any) -> None:
                         case.q, case.kv_cache, case.block_table, lengths, made, workspace=workspace
                     )
                 times[name].append((time.perf_counter() - started) / 25 * 1e6)
-    figures = {name: sorted(values)[len(values) // 10] for name, values in times.items()}
+    figures = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
     print("host time of an eager call, us:", figures)
     assert max(figures.values()) <= 15, figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,22 @@ def test_the_planner_takes_what_is_predicted_to_be_fastest() -> None:
         assert best.predicted_us == min(plan.predicted_us for plan in plans)
         chosen.add(best.group_rows)
     assert len(chosen) > 1
+
+
+def test_a_size_that_is_no_better_does_not_hide_the_next_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Launches for groups of 64 rows are dear by this model, and for those of 32 dearer."""
+    dear_by_us = {"cost": 100.0, "narrow_cost": 1000.0, "narrowest_cost": 0.0}
+    model = cost.load(None, 16).as_dict()
+    models = {key: model | {"launch_us": us} for key, us in dear_by_us.items()}
+    model_file = tmp_path / "models.json"
+    model_file.write_text(json.dumps(models), encoding="utf-8")
+    monkeypatch.setenv("MLA_DECODE_COST_MODEL", str(model_file))
+    batch = ([8000, 5000], 16, 3)
+    us = {rows: mla_decode.plan(*batch, group_rows=rows).predicted_us for rows in GROUP_ROWS}
+    assert us[16] < us[64] < us[32]
+    assert mla_decode.plan(*batch).group_rows == 16
 
 
 def test_who_asks_for_something_else_gets_groups_of_64() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -202,6 +202,24 @@ def test_a_batch_is_planned_in_groups_of_all_sizes(heads: int, sizes: set[int]) 
     assert {way["group_rows"] for way in ways} == {max(sizes)}
 
 
+def pretend_to_measure(
+    monkeypatch: pytest.MonkeyPatch, shapes: list[Shape], times_of: Callable[..., object]
+) -> None:
+    """Let the command draw these batches, and time them so, on a GPU that is not there."""
+
+    class Properties:
+        name = "NVIDIA H200"
+        multi_processor_count = 132
+
+    monkeypatch.setattr(measure_cost_model, "times_of", times_of)
+    monkeypatch.setattr(measure_cost_model, "batches", lambda seed: iter(shapes))
+    monkeypatch.setattr(measure_cost_model, "clusters_of", lambda device: DEFAULT_CLUSTERS)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(planning, "_gpu", lambda device: None)
+
+
 def test_what_is_measured_is_read_again_as_it_ran(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -214,18 +232,8 @@ def test_what_is_measured_is_read_again_as_it_ran(
             name: [plan.predicted_us] for name, plan in zip(prepare, ran[shape.name], strict=True)
         }
 
-    class Properties:
-        name = "NVIDIA H200"
-        multi_processor_count = 132
-
     shapes = [Shape("few", (4000, 900), 1, 128), Shape("even", (1024,) * 8, 1, 16)]
-    monkeypatch.setattr(measure_cost_model, "times_of", times_of)
-    monkeypatch.setattr(measure_cost_model, "batches", lambda seed: iter(shapes))
-    monkeypatch.setattr(measure_cost_model, "clusters_of", lambda device: DEFAULT_CLUSTERS)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(planning, "_gpu", lambda device: None)
+    pretend_to_measure(monkeypatch, shapes, times_of)
     target = tmp_path / "runs.json"
     assert measure_cost_model.main([str(target), "--seconds", "60"]) == 0
 
@@ -237,6 +245,24 @@ def test_what_is_measured_is_read_again_as_it_ran(
         np.testing.assert_array_equal(run.instructions, plan.instructions)
         assert (run.group_rows, run.num_workers) == (plan.group_rows, plan.num_workers)
         assert run.us == plan.predicted_us
+
+
+def test_what_was_measured_before_a_wrong_output_is_in_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def times_of(shape: Shape, prepare: Mapping[str, Any], replays: int) -> dict[str, list[float]]:
+        if shape.name == "wrong":
+            raise RuntimeError("wrong output")
+        return {name: [10.0] for name in prepare}
+
+    shapes = [Shape(name, (900,), 1, 16) for name in ("right", "wrong")]
+    pretend_to_measure(monkeypatch, shapes, times_of)
+    monkeypatch.setattr(measure_cost_model, "SECONDS_BETWEEN_WRITES", 0.0)
+    target = tmp_path / "runs.json"
+    with pytest.raises(RuntimeError, match="wrong output"):
+        measure_cost_model.main([str(target)])
+    document = json.loads(target.read_text(encoding="utf-8"))
+    assert {run["batch"] for run in document["runs"]} == {"right"}
 
 
 def test_measuring_without_a_gpu_says_so(
