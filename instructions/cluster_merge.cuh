@@ -61,9 +61,10 @@ class ClusterMerge {
     static_assert(kNumClusterBarriers <= Config::kNumClusterBarriers);
 
     static constexpr bool kSendsHalves = !Config::kNarrow;
-    static constexpr int kRowSlots = Config::kNarrow ? kNarrowRows : kMaxRows;
-    // To copy them to the inbox is in the way of what is sent. (Rows of a narrow kernel are staged
-    // sixteen at a time. With a page for the others it is up to 2% slower, H200.)
+    static constexpr int kRowSlots = Config::kRows;
+    // To copy halves to the inbox is in the way of what is sent. (Of 32 rows, which are staged
+    // sixteen at a time, a page for the others is up to 2% slower, and sixteen rows that stay are
+    // 1.2% slower, H200.)
     static constexpr bool kOwnStayStaged = !Config::kNarrow;
 
     // A thread sums four columns of a row, a team of threads a chunk.
@@ -78,6 +79,10 @@ class ClusterMerge {
 
   public:
     using Sent = std::conditional_t<kSendsHalves, kittens::half, float>;
+
+    // Where Q was there is room for halves, or for sixteen rows of floats; and Q is read before the
+    // last keys are, so that mates can be told earlier.
+    static constexpr bool kInboxWhereQWas = !Config::kNarrow || Config::kRows == kNarrowestRows;
 
     __device__ ClusterMerge(const MlaGlobals& g, const State& state, const PartialWork& work)
         : g(g), state(state), work(work), inbox(mk::ptx::smem_address(state.page(kInboxPage))) {}
@@ -216,9 +221,8 @@ class ClusterMerge {
     // each mate scales.
     const uint32_t inbox;
 
-    // Halves have room where Q was, and that is read before the last keys are.
-    static constexpr int kInboxPage = kSendsHalves ? 0 : Pages::kQPages;
-    static constexpr int kInboxPages = kSendsHalves ? Pages::kQPages : Pages::kRing;
+    static constexpr int kInboxPage = kInboxWhereQWas ? 0 : Pages::kQPages;
+    static constexpr int kInboxPages = kInboxWhereQWas ? Pages::kQPages : Pages::kRing;
     static constexpr uint32_t kChunkBytes = kColumnChunk * sizeof(Sent);
     static constexpr uint32_t kRowBytes = kLatentDim * sizeof(Sent);
     static constexpr uint32_t kNoteBytes = kRowSlots * sizeof(float);

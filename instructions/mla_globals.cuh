@@ -253,4 +253,11 @@ __device__ __forceinline__ bool is_first_lane() {
     return mk::ptx::thread_in_cta() % mk::kWarpThreads == 0;
 }
 
+// For what all lanes of a warp have done before.
+template <class State>
+__device__ __forceinline__ void arrive_warp(const State& state, int semaphore) {
+    __syncwarp();
+    if (is_first_lane()) state.arrive(semaphore);
+}
+
 }  // namespace mla

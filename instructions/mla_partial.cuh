@@ -170,14 +170,15 @@ struct MlaPartial {
       private:
         __device__ static void tell_mates(const MlaGlobals& g, const State& state) {
             const PartialWork work(g, state.words());
-            const ClusterMerge<Config> mates(g, state, work);
+            using Mates = ClusterMerge<Config>;
+            const Mates mates(g, state, work);
             state.wait(Pages::kSumsPublished, 0);
-            // Where Q was: nobody reads it any more when there is P of all tiles.
-            if (!Config::kNarrow) mates.open_inbox();
+            // Nobody reads Q any more when there is P of all tiles.
+            if (Mates::kInboxWhereQWas) mates.open_inbox();
             const RowNotes notes = Consumer::find_lses(state, work.num_rows);
             state.wait(Pages::kResultReady, 0);
             // Where keys were.
-            if (Config::kNarrow) mates.open_inbox();
+            if (!Mates::kInboxWhereQWas) mates.open_inbox();
             mates.wait_open();
             mates.send_notes(notes);
             mates.weigh();

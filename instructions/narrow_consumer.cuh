@@ -188,19 +188,10 @@ class NarrowConsumer {
         let_go(2 * tile);
     }
 
-    // While the last tile is being added: for the other warpgroup, or for the launcher if there are
-    // mates.
+    // While the last tile is being added.
     __device__ void publish_sums() const {
         rows.publish_sums(scratch().exchange[group]);
-        if (work.is_shared()) {
-            tell_launcher(Pages::kSumsPublished);
-        } else {
-            barrier_arrive(sums_ready(group), kConsumerThreads);
-        }
-    }
-    __device__ void tell_launcher(int semaphore) const {
-        __syncwarp();
-        if (is_first_lane()) state.arrive(semaphore);
+        Pages::tell_of_sums(state, work.is_shared(), group);
     }
 
     __device__ void let_go(int half_tile) const {
@@ -243,9 +234,11 @@ class NarrowConsumer {
 
     __device__ void merge_with_mates() {
         const Mates mates(g, state, work);
-        tell_launcher(Pages::kResultReady);
+        arrive_warp(state, Pages::kResultReady);
+        // Of the ring, a page that had none of the last tile's keys.
+        const int page = Mates::kInboxWhereQWas ? Pages::page(2 * work.num_tiles) : kQPage;
         const auto sender = [&](int col) { return mates.sender(col); };
-        store<float>(work.num_rows, sender, [&] { mates.wait_open(); });
+        store<float>(page, work.num_rows, sender, [&] { mates.wait_open(); });
         mates.merge([](int, int) { return 0u; });
     }
 
@@ -364,23 +357,24 @@ class NarrowConsumer {
                     return row_writer(dst + col);
                 }
             };
-            store<float>(work.num_rows, writer, [] {});
+            store<float>(kQPage, work.num_rows, writer, [] {});
         } else {
             Element* dst = reinterpret_cast<Element*>(g.out) +
                            static_cast<int64_t>(work.flat_row(g, 0)) * kLatentDim;
-            store<Element>(work.num_rows, [&](int col) { return row_writer(dst + col); }, [] {});
+            const auto writer = [&](int col) { return row_writer(dst + col); };
+            store<Element>(kQPage, work.num_rows, writer, [] {});
         }
     }
 
-    // Gives away this warpgroup's half of the columns, by way of its half of the page, so that
+    // Gives away this warpgroup's half of the columns, by way of its half of a page, so that
     // whole cache lines leave: way(column)(row, 16 bytes of T). Before the first, begin().
     template <class T, class Way, class Begin>
-    __device__ void store(int num_rows, Way way, Begin begin) {
+    __device__ void store(int page, int num_rows, Way way, Begin begin) {
         constexpr int kPitch = kStagedRowBytes<T>;
         static_assert(kGroups * kRowsAtOnce * kPitch <= Config::kSmemPageBytes);
         const int thread = mk::ptx::thread_in_cta() % kWarpgroupThreads;
         const uint32_t staged =
-            mk::ptx::smem_address(state.page(kQPage)) + group * kRowsAtOnce * kPitch;
+            mk::ptx::smem_address(state.page(page)) + group * kRowsAtOnce * kPitch;
 #pragma unroll
         for (int first = 0; first < kThreadPairs; first += kRowsAtOnce / 8) {
             if (first * 8 >= num_rows) break;

@@ -152,6 +152,17 @@ struct PartialPages {
         }
     }
 
+    // For consumers: a warp has written its sums, for the other warpgroup, or for the launcher if
+    // there are mates.
+    template <class State>
+    __device__ static void tell_of_sums(const State& state, bool is_shared, int warpgroup) {
+        if (is_shared) {
+            arrive_warp(state, kSumsPublished);
+        } else {
+            barrier_arrive(sums_ready(warpgroup), kConsumerThreads);
+        }
+    }
+
     // For consumers: a half tile is there.
     template <class State>
     __device__ static void wait_half(const MlaGlobals& g, const State& state, int half_tile) {

@@ -216,20 +216,11 @@ class WideConsumer {
         put_rows(shared.max, rows.max);
     }
 
-    // While the last tile is being added: for the other warpgroup, or for the launcher if there are
-    // mates.
+    // While the last tile is being added.
     __device__ void publish_sums() {
         rows.sum_up();
         put_rows(scratch().sum[group], rows.sum);
-        if (num_tiles_kept > num_tiles) {
-            tell_launcher(Pages::kSumsPublished);
-        } else {
-            barrier_arrive(sums_ready(group), kConsumerThreads);
-        }
-    }
-    __device__ void tell_launcher(int semaphore) const {
-        __syncwarp();
-        if (is_first_lane()) state.arrive(semaphore);
+        Pages::tell_of_sums(state, num_tiles_kept > num_tiles, group);
     }
     __device__ void add_others_sums() {
         barrier_sync(sums_ready(1 - group), kConsumerThreads);
@@ -324,7 +315,7 @@ class WideConsumer {
                                     HalfRange(sum_of_magnitudes(1))};
         put_rows(scratch().scale_log2[group],
                  {rows.max[0] + range[0].log2_inverse, rows.max[1] + range[1].log2_inverse});
-        tell_launcher(Pages::kResultReady);
+        arrive_warp(state, Pages::kResultReady);
         using Columns = Staging<typename Mates::Sent>;
         static_assert(Columns::kCols == kHalfLatent);
         const Columns columns(page(Pages::kQPages + group));  // all keys have been read

@@ -405,14 +405,6 @@ __device__ __forceinline__ void mbar_release_at(uint32_t mbar_there) {
 }
 
 // Sends to another CTA's shared memory; its mbarrier counts the bytes when they are there.
-__device__ __forceinline__ void send_float(uint32_t there, float value, uint32_t mbar_there) {
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-            there),
-        "r"(__float_as_uint(value)),
-        "r"(mbar_there)
-        : "memory");
-}
 __device__ __forceinline__ void send_float4(uint32_t there,
                                             const float4& value,
                                             uint32_t mbar_there) {
