@@ -87,8 +87,16 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def replay_us(graph: torch.cuda.CUDAGraph) -> float:
-    """Replay once and return microseconds."""
+def other_data(device: torch.device) -> torch.Tensor:
+    """More of it than fits into the GPU's L2, for `replay_us` to read."""
+    l2_bytes: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.ones(CACHE_FACTOR * l2_bytes // 4, dtype=torch.float32, device=device)
+
+
+def replay_us(graph: torch.cuda.CUDAGraph, flush: torch.Tensor) -> float:
+    """Replay once, on a GPU that is busy with ``flush`` until then, and return microseconds."""
+    for _ in range(FLUSHES):
+        flush.sum()  # directly before the replay: it drives from L2 what was written last
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
@@ -99,7 +107,8 @@ def replay_us(graph: torch.cuda.CUDAGraph) -> float:
 
 def median_replay_us(graph: torch.cuda.CUDAGraph, replays: int) -> float:
     """Return the median microseconds of so many replays, after a few that warm up."""
-    times = [replay_us(graph) for _ in range(WARMUP_REPLAYS + replays)]
+    flush = other_data(torch.device("cuda", torch.cuda.current_device()))
+    times = [replay_us(graph, flush) for _ in range(WARMUP_REPLAYS + replays)]
     return statistics.median(times[WARMUP_REPLAYS:])
 
 
@@ -130,9 +139,7 @@ class Capture:
         """Replay once more, the KV not in L2 and the outputs poisoned before; check them after."""
         for out in self.outputs:
             out.fill_(math.nan)
-        for _ in range(FLUSHES):
-            flush.sum()  # directly before the replay: it drives what poisoned the outputs from L2
-        self.times_us.append(replay_us(self.graph))
+        self.times_us.append(replay_us(self.graph, flush))
         for i, out in zip(self.order, self.outputs, strict=True):
             self.errors.add(i, out)
 
@@ -203,10 +210,10 @@ def measure(
             continue
         except Exception as error:  # one implementation less, the others go on
             rows[impl].error = describe(error)
-    flush = torch.ones(CACHE_FACTOR * l2_bytes // 4, dtype=torch.float32, device=device)
+    flush = other_data(device)
     for _ in range(WARMUP_REPLAYS):
         for capture in captures.values():
-            replay_us(capture.graph)
+            replay_us(capture.graph, flush)
     for _ in range(replays):
         for capture in captures.values():
             capture.time(flush)

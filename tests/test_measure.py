@@ -95,10 +95,9 @@ def test_outputs_are_poisoned_and_l2_is_flushed_directly_before_each_timed_repla
     gpu: FakeGpu,
 ) -> None:
     row_of(implementation(gpu))
-    warm_up = ["event", "replay", "event"] * WARMUP_REPLAYS
-    before = [*["poison"] * CALLS, *["flush"] * FLUSHES]
-    timed = [*before, "event", "replay", "event"] * REPLAYS
-    assert gpu.log == warm_up + timed
+    replay = [*["flush"] * FLUSHES, "event", "replay", "event"]
+    timed = [*["poison"] * CALLS, *replay] * REPLAYS
+    assert gpu.log == replay * WARMUP_REPLAYS + timed
 
 
 def test_replays_of_implementations_alternate(gpu: FakeGpu) -> None:
